@@ -11,9 +11,9 @@ from pathlib import Path
 from pki import Identity, certificate_pem, key_pem
 
 
-def command(*words: str | Path, data: bytes | None = None) -> bytes:
-    """What a program prints; raises CalledProcessError, with what it says, when it fails."""
-    done = subprocess.run(words, input=data, capture_output=True, timeout=60)
+def command(*words: str | Path) -> bytes:
+    """What a program prints; raises AssertionError, with what it says, when it fails."""
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     if done.returncode:
         raise AssertionError(f"{words[0]} {words[1]}: exit {done.returncode}: {done.stderr.decode(errors='replace')}")
     return done.stdout
@@ -97,17 +97,16 @@ class Gpgsm:
         (folder / "trustlist.txt").write_text(text.strip().split("=")[1] + " S\n")
         self._run("--import", folder / "root.pem")
         for identity in identities:
-            self._run("--import", pkcs12(identity, folder), "--passphrase-fd", "0", data=b"x\n")
+            self._run("--import", pkcs12(identity, folder))
 
-    def _run(self, *words: str | Path, data: bytes | None = None) -> bytes:
+    def _run(self, *words: str | Path) -> bytes:
+        (self.home / "passphrase").write_text("x\n")
         options = ("--homedir", self.home, "--batch", "--yes", "--pinentry-mode", "loopback")
-        command_words = [word for word in words if word not in ("--passphrase-fd", "0")]
-        passphrase = ("--passphrase-fd", "0") if len(command_words) < len(words) else ()
-        return command("gpgsm", *options, *passphrase, *command_words, data=data)
+        return command("gpgsm", *options, "--passphrase-file", self.home / "passphrase", *words)
 
     def decrypt(self, entity: bytes) -> bytes:
         (self.home / "mail").write_bytes(der_of(entity))
-        return self._run("--passphrase-fd", "0", "--decrypt", self.home / "mail", data=b"\n")
+        return self._run("--decrypt", self.home / "mail")
 
     def verify(self, entity: bytes) -> bytes:
         content, signature = cut_signed(entity)
