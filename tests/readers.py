@@ -11,9 +11,9 @@ from pathlib import Path
 from pki import Identity, certificate_pem, key_pem
 
 
-def command(*words: str | Path) -> bytes:
+def command(*words: str | Path, data: bytes = b"") -> bytes:
     """What a program prints; raises AssertionError, with what it says, when it fails."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    done = subprocess.run(words, input=data, capture_output=True, timeout=60)
     if done.returncode:
         raise AssertionError(f"{words[0]} {words[1]}: exit {done.returncode}: {done.stderr.decode(errors='replace')}")
     return done.stdout
@@ -100,9 +100,8 @@ class Gpgsm:
             self._run("--import", pkcs12(identity, folder))
 
     def _run(self, *words: str | Path) -> bytes:
-        (self.home / "passphrase").write_text("x\n")
-        options = ("--homedir", self.home, "--batch", "--yes", "--pinentry-mode", "loopback")
-        return command("gpgsm", *options, "--passphrase-file", self.home / "passphrase", *words)
+        options = ("--homedir", self.home, "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase-fd", "0")
+        return command("gpgsm", *options, *words, data=b"x\n")
 
     def decrypt(self, entity: bytes) -> bytes:
         (self.home / "mail").write_bytes(der_of(entity))
