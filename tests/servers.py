@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,15 +47,14 @@ class Postfix:
     user, password, realm = "SMTP_Injection", "correct-horse-battery-staple", "tests.example"
     selector = "test"
 
-    def __init__(self, folder: Path, certificate: Path, key: Path) -> None:
-        self.folder = folder
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="postfix-"))
+        folder.chmod(0o755)  # Postfix runs as several users
         self.plain, self.relay, self.seven_bit, self.submission, self.strict, self.milter = (
             free_port() for _ in range(6)
         )
         self.maildir = folder / "mail" / "box"
         self.mails: set[Path] = set()
-        for parent in (folder, folder.parent):
-            parent.chmod(0o755)  # Postfix runs as several users
         self._start_dkim()
         self._configure(certificate, key)
         subprocess.run(["postfix", "-c", self.etc, "start"], check=True, capture_output=True)
@@ -81,18 +81,18 @@ class Postfix:
 
     def _configure(self, certificate: Path, key: Path) -> None:
         self.etc = self.folder / "etc"
-        for name in ("etc", "queue", "data", "mail", "sasl"):
+        for name in ("etc", "etc/sasl", "queue", "data", "mail"):
             (self.folder / name).mkdir()
         shutil.chown(self.folder / "data", "postfix")
         (self.folder / "mail").chmod(0o777)
-        database = self.folder / "sasl" / "db"
+        database = self.etc / "sasl" / "db"
         subprocess.run(
             ["saslpasswd2", "-p", "-c", "-f", database, "-u", self.realm, self.user],
             input=self.password.encode(),
             check=True,
         )
         shutil.chown(database, "postfix")
-        (self.folder / "sasl" / "smtpd.conf").write_text(
+        (self.etc / "sasl" / "smtpd.conf").write_text(  # Debian looks beside main.cf
             f"pwcheck_method: auxprop\nauxprop_plugin: sasldb\nmech_list: PLAIN LOGIN\nsasldb_path: {database}\n"
         )
         (self.etc / "main.cf").write_text(
@@ -123,7 +123,6 @@ smtpd_tls_cert_file = {certificate}
 smtpd_tls_key_file = {key}
 smtpd_sasl_path = smtpd
 smtpd_sasl_local_domain = {self.realm}
-cyrus_sasl_config_path = {self.folder}/sasl
 relay_domains_reject_code = 550
 reject_code = 550
 smtputf8_enable = yes
@@ -136,7 +135,7 @@ smtputf8_enable = yes
 {host}{self.relay} inet n - n - - smtpd -o content_filter=smtp:[127.0.0.1]:{self.seven_bit}
 {host}{self.seven_bit} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=8bitmime,smtputf8 -o smtpd_milters=
 {host}{self.strict} inet n - n - - smtpd {outside}
-  -o {{smtpd_relay_restrictions=check_recipient_access,static:{{550 5.7.1 relaying denied}}}}
+  -o {{smtpd_relay_restrictions=check_recipient_access,static:{{550 5.7.1 relaying denied}},reject}}
 {host}{self.submission} inet n - n - - smtpd {outside} -o smtpd_tls_security_level=may -o smtpd_sasl_auth_enable=yes
   -o smtpd_tls_auth_only=yes -o smtpd_client_restrictions= -o smtpd_delay_reject=no
   -o {{smtpd_sender_restrictions=permit_sasl_authenticated,check_sender_access,static:{{530 5.7.1 Authorization required. Ref. https://tests.example/smtp}}}}
@@ -178,3 +177,4 @@ postlog unix-dgram n - n - 1 postlogd
         subprocess.run(["postfix", "-c", self.etc, "stop"], capture_output=True)
         os.kill(self.dkim.pid, signal.SIGKILL)
         self.dkim.wait()
+        shutil.rmtree(self.folder)
