@@ -1,7 +1,6 @@
 """SMTP servers on loopback for the tests: one that misbehaves as a test asks, and aiosmtpd, which behaves.
 
-Both write down what they take, and the fixtures that start them stop them. A test module that names this one in
-`pytest_plugins` has its fixtures.
+Both write down what they take, and the fixtures that start them stop them.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ class Dialogue(socketserver.BaseRequestHandler):
         text = reply if isinstance(reply, str) else reply(stage)
         self.awaited = "response " if text.startswith("334") else ""
         self.request.sendall(text.encode() + b"\r\n")
-        return text.startswith(("2", "354"))
+        return text.startswith("354" if stage.upper() == "DATA" else "2")
 
     def encrypt(self) -> None:
         if "handshake" in self.server.answers or not self.server.tls:
@@ -207,8 +206,8 @@ socket.create_connection = lambda address, *rest, **named: connect(("127.0.0.1",
 """
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
+@pytest.fixture(name="serve")
+def start_faulty() -> Iterator[Serve]:
     """Start a server that answers so, and offers these extensions."""
     with ExitStack() as stack:
 
@@ -223,8 +222,8 @@ def serve() -> Iterator[Serve]:
         yield serve
 
 
-@pytest.fixture
-def open_mailbox() -> Iterator[Open]:
+@pytest.fixture(name="open_mailbox")
+def start_mailbox() -> Iterator[Open]:
     """Start aiosmtpd with these options."""
     with ExitStack() as stack:
 
@@ -237,8 +236,8 @@ def open_mailbox() -> Iterator[Open]:
         yield open_mailbox
 
 
-@pytest.fixture
-def send(run: Run, folder: Path) -> Send:
+@pytest.fixture(name="send")
+def send_by_smtp(run: Run, folder: Path) -> Send:
     """Send a message to a server, after a patch of the program where one is given; no output holds a secret."""
 
     def send(
@@ -260,20 +259,20 @@ def send(run: Run, folder: Path) -> Send:
     return send
 
 
-@pytest.fixture(scope="session")
-def tls_authority() -> trustme.CA:
+@pytest.fixture(name="tls_authority", scope="session")
+def make_tls_authority() -> trustme.CA:
     return trustme.CA()
 
 
-@pytest.fixture
-def ca_file(tls_authority: trustme.CA, tmp_path: Path) -> str:
+@pytest.fixture(name="ca_file")
+def write_ca_file(tls_authority: trustme.CA, tmp_path: Path) -> str:
     """A file with the certificate of the authority that `certified` uses."""
     tls_authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     return str(tmp_path / "ca.pem")
 
 
-@pytest.fixture(scope="session")
-def certified(tls_authority: trustme.CA) -> Callable[[str], ssl.SSLContext]:
+@pytest.fixture(name="certified", scope="session")
+def make_certified(tls_authority: trustme.CA) -> Callable[[str], ssl.SSLContext]:
     """A server's TLS with a certificate for this host."""
 
     def certified(host: str) -> ssl.SSLContext:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.client import HTTPMessage
+from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,9 @@ Send = Callable[..., "subprocess.CompletedProcess[bytes]"]
 PATH = "/api/v1/transmissions"
 SENT, OK = b"may have been sent", b"OK"
 ERROR = {"message": "Message told", "code": "1902", "description": "Description told"}
-EVIL = "before\x1b]0;title\x07\x1b[2J\x9b31m\r\n\u202e\u2028\x00\ud800after"
-DATED = {"Date": "Mon, 24 Nov 2025 10:00:00 +0000", "Message_ID": "<one@thetucks.com>"}
-THREE = {"To": f"SteveT <{STEVET}>", "Cc": f"Bob <{BOB}>", "Bcc": CAROL}
+EVIL = f"before {API_KEY}\x1b]0;title\x07\x1b[2J\x9b31m\r\n\u202e\u2028\x00\ud800after"
+DATED: dict[str, Any] = {"Date": "Mon, 24 Nov 2025 10:00:00 +0000", "Message_ID": "<one@thetucks.com>"}
+THREE: dict[str, Any] = {"To": f"SteveT <{STEVET}>", "Cc": f"Bob <{BOB}>", "Bcc": CAROL}
 IMPATIENT = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("script", sys.argv[1])
@@ -47,7 +47,7 @@ sys.exit(script.main(sys.argv[2:]))
 class Request(NamedTuple):
     method: str
     path: str
-    headers: HTTPMessage
+    headers: Message
     body: bytes
 
     @property
@@ -169,10 +169,8 @@ def api(ca: trustme.CA) -> Iterator[StandIn]:
 @pytest.fixture
 def send(run: Run, api: StandIn, ca_file: str) -> Send:
     """Run the program with --send_api towards the stand-in; keywords are variables of its environment."""
-    usual = {"SPARKPOST_API_KEY": API_KEY, "SPARKPOST_HOST": api.url, "SSL_CERT_FILE": ca_file}
-    return lambda *arguments, data=mail(), **variables: run(
-        "-", "--send_api", *arguments, data=data, **(usual | variables)
-    )
+    usual = {"SPARKPOST_API_KEY": API_KEY, "SPARKPOST_HOST": api.url, "SSL_CERT_FILE": ca_file, "data": mail()}
+    return lambda *arguments, **variables: run("-", "--send_api", *arguments, **(usual | variables))
 
 
 # ----------------------------------------------------------------------------------------- report and request
@@ -222,7 +220,7 @@ def test_the_request_names_all_recipients_and_alters_nothing(send: Send, api: St
     assert "return_path" not in request.json
     assert request.message.startswith(f"From: Steve <{STEVE}>\r\nTo: SteveT <{STEVET}>\r\nSubject: ".encode())
     assert request.message.endswith("\r\n\r\nGrüße\r\n".encode())
-    assert b"bcc" not in request.message.lower()
+    assert b"\nbcc:" not in request.message.lower()
     assert CAROL.encode() not in request.message
 
 
@@ -261,7 +259,7 @@ def test_an_encrypted_message_goes_to_each_bcc_recipient_alone(
     groups = [request.recipients for request in api.requests]
     assert groups == [[STEVET, BOB], [CAROL], [STEVE]]
     for request, group in zip(api.requests, groups, strict=True):
-        assert b"bcc" not in request.message.lower()
+        assert b"\nbcc:" not in request.message.lower()
         for address in (STEVET, BOB, CAROL, STEVE):
             identity = authority.identity(address)
             if address in group:
@@ -312,7 +310,7 @@ def test_no_recipient_accepted_is_a_failure(
 ) -> None:
     api.answers = [reply(200, {"results": results(count, 1, *errors)})]
     done = send()
-    assert done.returncode == 1
+    assert done.returncode in ({1} if count == 0 else {1, 75})
     assert OK not in done.stdout
     assert done.stderr.strip(), "nothing says why"
     assert (b"1902, Message told, Description told" in done.stderr) == bool(errors)
@@ -363,38 +361,21 @@ def test_a_redirection_is_not_followed(status: int, send: Send, api: StandIn, ca
 @pytest.mark.parametrize(
     "answer",
     [
-        reply(403, {"errors": [ERROR | {"description": f"{API_KEY} is unknown"}]}),
-        reply(200, {"results": results(0, 1, ERROR | {"message": API_KEY})}),
-        reply(403, b"", reason=API_KEY),
-        f"Authorization: {API_KEY}\r\n\r\n".encode(),
-        f"HTTP/{API_KEY} 200 OK\r\n\r\n".encode(),
+        reply(400, {"errors": [dict.fromkeys(ERROR, EVIL)]}),
+        reply(200, {"results": results(0, 1, dict.fromkeys(ERROR, EVIL))}),
+        reply(403, b"", reason=f"{API_KEY} \x1b[2J"),
+        f"Authorization: {API_KEY} \x1b[2J\r\n\r\n".encode(),
+        f"HTTP/{API_KEY} 200 \x1b[2J\r\n\r\n".encode(),
     ],
     ids=["error", "recipient", "reason", "no HTTP", "version"],
 )
-def test_a_key_that_the_server_repeats_is_not_printed(answer: bytes, send: Send, api: StandIn) -> None:
-    api.answers = [answer]
-    done = send()  # looks for the key, too
-    assert done.returncode in (1, 75)
-    assert API_KEY.encode() not in done.stdout + done.stderr
-    assert done.stderr
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        reply(400, {"errors": [dict.fromkeys(ERROR, EVIL)]}),
-        reply(200, {"results": results(0, 1, dict.fromkeys(ERROR, EVIL))}),
-        b"before\x1b[2J\x07after\r\n\r\n",
-    ],
-    ids=["error", "recipient", "no HTTP"],
-)
-def test_control_characters_of_a_reply_are_not_printed(answer: bytes, send: Send, api: StandIn) -> None:
+def test_neither_the_key_nor_control_characters_of_a_reply_are_printed(answer: bytes, send: Send, api: StandIn) -> None:
     api.answers = [answer]
     done = send()
     assert done.returncode in (1, 75)
-    lines = done.stderr.decode().splitlines()
-    assert len(lines) == 1
-    assert lines[0].isprintable()
+    assert API_KEY.encode() not in done.stdout + done.stderr
+    (line,) = done.stderr.decode().split("\n")[:-1]
+    assert line.isprintable()
 
 
 # --------------------------------------------------------------------------------------------------- connection
