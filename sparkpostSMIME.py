@@ -18,14 +18,13 @@ Nothing leaves before every step ahead of it has succeeded, and nothing leaves l
 S/MIME hides and seals the body: the text, its markup and its attachments. It does not hide From, To, Cc, Subject,
 Date or any other header field, nor the size of a message, nor that it was sent.
 
-Followed here: RFC 8551 and 8550 (S/MIME 4.0), 5652 (CMS), 5322 and 2045-2047, 2231 (messages), 5321, 6531 and
+Followed here: RFC 8551 and 8550 (S/MIME 4.0), 5652 (CMS), 5322, 2045 to 2047 and 2231 (messages), 5321, 6531 and
 3207 (SMTP, international addresses, STARTTLS).
 
 Exit codes: 0, every recipient was accepted; 1, something was refused or is wrong; 2, the command line is wrong;
 75, a temporary failure: the same command may succeed later.
 
-Modules that take long to load are imported where they are used, so that --help answers at once and a run
-loads nothing but its own transport; the types are NamedTuples, since dataclasses alone would double that time.
+Modules are imported where they are used: --help answers at once, and a run loads nothing but its own transport.
 """
 
 from __future__ import annotations
@@ -33,11 +32,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import stat
 import sys
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
+TYPE_CHECKING = False  # typing, like dataclasses, takes longer to load than --help takes to answer
 if TYPE_CHECKING:
     import smtplib
     import ssl
@@ -54,21 +52,23 @@ VERSION = "1.0.0"
 EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY = 0, 1, 75  # 75 is EX_TEMPFAIL: a mail server's pipe tries again later
 TIMEOUT = 60  # seconds, for each step of a dialogue on the network
 LONGEST_LINE = 998  # bytes before CRLF, RFC 5322 section 2.1.1
-LONGEST_REPLY = 1_000_000  # bytes of an API reply that are read
-DEEPEST_NESTING = 100  # MIME parts in parts; Postfix stops there too
+LARGEST_CONTENT = 20_000_000  # bytes, that the API takes
+LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
+DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
+SPARKPOST_HOSTS = (".sparkpostmail.com", ".sparkpostelite.com", ".sparkpost.com")
+CRLF = b"\r\n"
 
 ADDRESS_FIELDS = {"from", "sender", "reply-to", "to", "cc", "bcc"}
 ADDRESS_FIELDS |= {f"resent-{name}" for name in ADDRESS_FIELDS} | {"disposition-notification-to", "errors-to"}
-FIELD_TYPES = {"message/delivery-status", "message/disposition-notification"}  # their body is fields, RFC 3464, 8098
-PARAMETER_FIELDS = {"content-type", "content-disposition"}
 DROPPED_FIELDS = {"bcc", "resent-bcc", "return-path", "content-length"}
+FIELD_TYPES = {"message/delivery-status", "message/disposition-notification"}  # hold fields: RFC 3464, RFC 8098
 
 # ------------------------------------------------------------------------------------------------------- errors
 
 
 class Error(Exception):
-    """What a user or a server caused, told in one line: what is wrong, and a hint that names the cure.
+    """What a user or a server caused, in one line: what is wrong, and a hint that names the cure.
 
     `prefix` is empty only for the lines that users know word for word.
     """
@@ -86,10 +86,14 @@ class TemporaryError(Error):
     exit_code = EXIT_TEMPORARY
 
 
+class Unreachable(TemporaryError):
+    """The server cannot be reached or is gone; it is useless to try the next message."""
+
+
 # -------------------------------------------------------------------------------------------------------- types
 
 
-class Options(NamedTuple):
+class Options(argparse.Namespace):
     """The command line."""
 
     file: str
@@ -104,8 +108,10 @@ class Options(NamedTuple):
     date_now: bool
 
 
-class Settings(NamedTuple):
-    """The environment; holds secrets, which its repr hides."""
+class Settings(argparse.Namespace):
+    """The environment. Holds secrets, so it has no repr."""
+
+    __repr__ = object.__repr__
 
     smtp_host: str
     smtp_port: int
@@ -117,42 +123,31 @@ class Settings(NamedTuple):
     api_host: str
     key_password: str
 
-    def __repr__(self) -> str:
-        return f"Settings({self.smtp_host}:{self.smtp_port}, {self.api_host})"
+
+class Envelope:
+    """Who a message comes from and who gets it (RFC 5321), spelt as in its header.
+
+    `hidden` are the recipients that only the Bcc field names.
+    """
+
+    def __init__(self, sender: str, recipients: tuple[str, ...], hidden: tuple[str, ...] = ()) -> None:
+        self.sender, self.recipients, self.hidden = sender, recipients, hidden
 
 
-class Envelope(NamedTuple):
-    """Who a message comes from and who gets it (RFC 5321), as spelt in its header."""
-
-    sender: str
-    recipients: tuple[str, ...]
-    hidden: tuple[str, ...] = ()  # recipients that only the Bcc field names
-
-
-class Signer(NamedTuple):
+class Signer:
     """A private key, the certificate that belongs to it, and the certificates above that one."""
 
-    key: RSAPrivateKey | EllipticCurvePrivateKey
-    certificate: Certificate
-    chain: tuple[Certificate, ...]
+    def __init__(
+        self, key: RSAPrivateKey | EllipticCurvePrivateKey, certificate: Certificate, chain: Sequence[Certificate]
+    ) -> None:
+        self.key, self.certificate, self.chain = key, certificate, chain
 
 
-class Receipt(NamedTuple):
-    """What became of one message: recipients accepted, and the answers about those who were not."""
+class Receipt:
+    """What became of one message: how many recipients were accepted, and the answers about those who were not."""
 
-    accepted: int
-    answers: tuple[str, ...] = ()
-    temporary: bool = False  # the answers ask to try again later
-
-
-class Transport(Protocol):
-    """Where messages go. `banner` tells the user what was opened."""
-
-    banner: tuple[str, ...]
-
-    def deliver(self, message: bytes, envelope: Envelope) -> Receipt: ...
-
-    def close(self) -> None: ...
+    def __init__(self, accepted: int, answers: list[str]) -> None:
+        self.accepted, self.answers = accepted, answers
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -168,32 +163,29 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         "75 temporary failure, try again later. Variables are read from the environment, then from --env_file.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
         allow_abbrev=False,
+        add_help=False,
     )
     add, flag = parser.add_argument, "store_true"
     add("file", metavar="FILE.eml", help="The message to send; - reads it from standard input.")
-    add("--sign", action=flag, help="Sign with the private key in ADDRESS.pem, ADDRESS being that of the From field.")
-    add("--encrypt", action=flag, help="Encrypt for every recipient, with the certificate in ADDRESS.crt of each.")
+    add("--sign", action=flag, help="Sign with the private key in ADDRESS.pem, where ADDRESS is the one in From; "
+        "SMIME_KEY_PASSWORD is its passphrase.")  # fmt: skip
+    add("--encrypt", action=flag, help="Encrypt for every recipient, with the certificate in the ADDRESS.crt of each.")
     add("--opaque", action=flag, help="With --sign, wrap the text into the signature, where no server can alter it.")
     way = parser.add_mutually_exclusive_group()
-    way.add_argument(
-        "--send_smtp",
-        action=flag,
-        help="Send to the server in SMTP_HOST; SMTP_PORT, SMTP_USER, SMTP_PASSWORD, SMTP_TLS and SMTP_CA_FILE say how.",
-    )
-    way.add_argument(
-        "--send_api",
-        action=flag,
-        help="Send through the SparkPost API, with the key in SPARKPOST_API_KEY, to the host in SPARKPOST_HOST.",
-    )
+    way.add_argument("--send_smtp", action=flag, help="Send to the server in SMTP_HOST; SMTP_PORT, SMTP_USER, "
+        "SMTP_PASSWORD, SMTP_TLS and SMTP_CA_FILE say how.")  # fmt: skip
+    way.add_argument("--send_api", action=flag, help="Send through the SparkPost API, with the key in "
+        "SPARKPOST_API_KEY, to the host in SPARKPOST_HOST.")  # fmt: skip
     add("--keys", metavar="DIR", default=".", help="Look for key files in this folder, not in the current one.")
     add("--env_file", metavar="FILE", help="Read variables from this file, not from my_envs.sh in the current folder.")
     add("--return_path", metavar="ADDRESS", help="Have bounces sent to this address; <> asks for none.")
     add("--date_now", action=flag, help="Replace the Date field by the present time.")
     add("--version", action="version", version=f"{PROGRAM} {VERSION}", help="Print the version.")
-    arguments = parser.parse_args(argv)
-    if arguments.opaque and not arguments.sign:
+    add("-h", "--help", action="help", help="Print this help.")
+    options = parser.parse_args(argv, Options())
+    if options.opaque and not options.sign:
         parser.error("--opaque is a way to sign: add --sign")
-    return Options(**vars(arguments))
+    return options
 
 
 def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mapping[str, str]:
@@ -201,17 +193,17 @@ def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mappin
 
     Raises Error for a file that cannot be read, or that other users could read or write.
     """
-    if env_file is None and not os.path.exists("my_envs.sh"):
+    path = "my_envs.sh" if env_file is None else env_file
+    if env_file is None and not os.path.lexists(path):
         return environ
     import io
     import logging
 
     from dotenv import dotenv_values
 
-    path = env_file or "my_envs.sh"
-    logging.basicConfig(format=f"{PROGRAM}: {path}: %(message)s")  # how python-dotenv tells of lines it cannot read
+    logging.basicConfig(format=f"{PROGRAM}: {path.replace('%', '%%')}: %(message)s")  # for what it cannot read
     try:
-        content = read_guarded(path, owned=True).decode()
+        content = read_file(path, secret=True, owned=True).decode()
     except UnicodeDecodeError:
         raise Error(f"{path}: this settings file is not UTF-8 text") from None
     values = dotenv_values(stream=io.StringIO(content), interpolate=False)
@@ -220,102 +212,107 @@ def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mappin
 
 def read_settings(environ: Mapping[str, str], options: Options) -> Settings:
     """Check the variables that this run needs, before anything else is read. Raises Error."""
-    if options.send_smtp:
-        require(environ, "SMTP_HOST")
-    if options.send_api:
-        require(environ, "SPARKPOST_API_KEY")
-    for name in ("SMTP_HOST", "SMTP_USER", "SMTP_PASSWORD", "SPARKPOST_API_KEY"):
-        if not re.fullmatch(r"[ -~]*", environ.get(name, "")):
-            raise Error(f"{name} holds a line break or a character outside ASCII", "set it anew")
-    port = environ.get("SMTP_PORT") or "25"
-    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise Error(f"SMTP_PORT is {port!r}", "it must be a number from 1 to 65535")
-    tls = environ.get("SMTP_TLS") or "auto"
-    if tls not in ("auto", "verify", "off"):
-        raise Error(f"SMTP_TLS is {tls!r}", "it must be auto, verify or off")
-    return Settings(
+    settings = Settings(
         smtp_host=environ.get("SMTP_HOST", ""),
-        smtp_port=int(port),
+        smtp_port=25,
         smtp_user=environ.get("SMTP_USER", ""),
         smtp_password=environ.get("SMTP_PASSWORD", ""),
-        smtp_tls=tls,
+        smtp_tls=environ.get("SMTP_TLS") or "auto",
         smtp_ca_file=environ.get("SMTP_CA_FILE", ""),
         api_key=environ.get("SPARKPOST_API_KEY", ""),
-        api_host=api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com"),
+        api_host="",
         key_password=environ.get("SMIME_KEY_PASSWORD", ""),
     )
+    if options.send_smtp:
+        require(environ, "SMTP_HOST", "SMTP_USER", "SMTP_PASSWORD")
+        settings.smtp_port = port_number(environ.get("SMTP_PORT") or "25", "SMTP_PORT")
+        if settings.smtp_tls not in ("auto", "verify", "off"):
+            raise Error(f"SMTP_TLS is {settings.smtp_tls!r}", "it must be auto, verify or off")
+    if options.send_api:
+        require(environ, "SPARKPOST_API_KEY")
+        settings.api_host = api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com")
+    return settings
 
 
-def require(environ: Mapping[str, str], name: str) -> None:
+def require(environ: Mapping[str, str], name: str, *others: str) -> None:
+    """Raise Error where this variable is not set, or where it or the others hold what the network cannot carry."""
     if not environ.get(name):
         raise Error(f"Environment var {name} not set - stopping", prefix="")
+    for each in (name, *others):
+        if not re.fullmatch(r"[ -~]*", environ.get(each, "")):
+            raise Error(f"{each} holds a line break or a character outside ASCII", "set it anew")
+
+
+def port_number(text: str, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+        raise Error(f"{name} is {text[:20]!r}", "a port is a number from 1 to 65535")
+    return int(text)
 
 
 def api_url(host: str) -> str:
     """The base of the API's address. Raises Error for one that would send the key in the clear."""
-    url = re.fullmatch(r"(?:(https?)://)?([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?/?", host)
+    url = re.fullmatch(r"(?:(https?)://)?([\w-]+(?:\.[\w-]+)*|\[[0-9A-Fa-f:]+\])(?::([0-9]+))?/?", host, re.ASCII)
     if not url:
-        raise Error(f"SPARKPOST_HOST is {host!r}", "it must be like https://api.eu.sparkpost.com")
+        raise Error("SPARKPOST_HOST is no address of an API", "it must be like https://api.eu.sparkpost.com")
     scheme, name, port = url[1] or "https", url[2], url[3] or ""
     if scheme == "http" and not is_loopback(name.strip("[]")):
-        raise Error(f"SPARKPOST_HOST is {host!r}, which would send the API key unencrypted", f"use https://{name}")
-    return f"{scheme}://{name}{port}"
+        raise Error("SPARKPOST_HOST with http:// would send the API key unencrypted", f"use https://{name}")
+    return f"{scheme}://{name}" + (f":{port_number(port, 'the port in SPARKPOST_HOST')}" if port else "")
 
 
 def is_loopback(host: str) -> bool:
     """Whether this host name or numeric address never leaves the machine."""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+    from ipaddress import ip_address
 
-
-def read_guarded(path: str, *, owned: bool = False) -> bytes:
-    """Read a file of secrets. Raises Error when it cannot be read, or when others than its owner could."""
-    with open_file(path) as file:
-        status = os.fstat(file.fileno())
-        if owned and status.st_uid != os.geteuid():
-            raise Error(f"{path}: this file belongs to another user", f"chown {os.geteuid()} {path}")
-        if stat.S_IMODE(status.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
-            mode = "0700" if status.st_mode & stat.S_IXUSR else "0600"
-            raise Error(f"{path}: other users can read or change this file", f"chmod {mode} {path}")
-        return file.read()
-
-
-def open_file(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
+    """The bytes of a file, or of standard input for `-`.
+
+    Raises Error when it cannot be read, when it is secret but others could read it, or when another user owns it.
+    """
+    from shlex import quote
+
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            status = os.fstat(file.fileno())
+            if owned and status.st_uid != os.geteuid():
+                raise Error(f"{path}: this file belongs to another user", f"chown {os.geteuid()} {quote(path)}")
+            if secret and status.st_mode & 0o077:
+                mode = "0700" if owned else "0600"
+                raise Error(f"{path}: other users can read or change this file", f"chmod {mode} {quote(path)}")
+            return file.read()
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------- message: fields, envelope
 
-CRLF = b"\r\n"
-QUOTED = r'"(?:[^"\\]|\\.)*"'
-ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 FIELD = re.compile(rb"(?:>?From [^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
-ITEM = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
+BLANK_LINE = re.compile(rb"\r?\n")
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+COMMENT = r"\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\)"
+ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = re.compile(rf"(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
+MAILBOX = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
 BRACKETED = re.compile(rf'(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>', re.DOTALL)
-
-
-def read_message(path: str) -> bytes:
-    """The bytes of a message file, or of standard input for `-`. Raises Error."""
-    if path == "-":
-        return sys.stdin.buffer.read()
-    with open_file(path) as file:
-        return file.read()
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
     """Cut an entity into header fields, the blank line after them, and body.
 
-    The fields are folded with CRLF and lack the last one, the body stays as it came. The header ends at the first line
+    The fields are folded with CRLF and lack the last one; the body stays as it came. The header ends at the first line
     that is no field (RFC 5322 section 2.1); mbox "From " lines before a field are dropped.
     """
     fields, end = [], 0
     while match := FIELD.match(entity, end):
         fields.append(to_crlf(match[1].rstrip(b"\r")))
         end = match.end()
-    blank = re.compile(rb"\r?\n").match(entity, end)
+    blank = BLANK_LINE.match(entity, end)
     start = blank.end() if blank else end
     return fields, CRLF if blank or start < len(entity) else b"", entity[start:]
 
@@ -352,19 +349,21 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None) -> Envelope:
     """
     sender = author(fields, "sender", "from")
     if return_path is not None:
-        sender = "" if return_path in ("", "<>") else parse_address(return_path, "--return_path")
-    shown = {address_key(address): address for address in reversed(addresses(fields, "to", "cc"))}
-    hidden = {address_key(address): address for address in reversed(addresses(fields, "bcc"))}
-    if not shown and not hidden:
+        sender = "" if return_path in ("", "<>") else parse_mailbox(return_path, "--return_path")
+    shown = unique(addresses(fields, "to", "cc"))
+    everyone = unique([*shown, *addresses(fields, "bcc")])
+    if not everyone:
         raise Error("the message has no recipient", "name one in a To, Cc or Bcc field")
-    only_hidden = [hidden[key] for key in hidden if key not in shown]
-    return Envelope(sender, tuple(reversed(shown.values())), tuple(reversed(only_hidden)))
+    return Envelope(sender, shown, everyone[len(shown) :])
 
 
-def address_key(address: str) -> str:
-    """Equal for two spellings of one mailbox: only domains disregard case (RFC 5321 section 2.4)."""
-    local, at, domain = address.rpartition("@")
-    return local + at + domain.lower()
+def unique(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Each mailbox once, as it is spelt first; in domains alone case does not count (RFC 5321 section 2.4)."""
+    found: dict[tuple[str, str], str] = {}
+    for address in addresses:
+        local, _, domain = address.rpartition("@")
+        found.setdefault((local, domain.lower()), address)
+    return tuple(found.values())
 
 
 def author(fields: Sequence[bytes], *names: str) -> str:
@@ -390,18 +389,18 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
     found = []
     for name in names:
         for value in field_texts(fields, name):
-            position, text = 0, without_comments(value, name)
-            while position < len(text):
-                item = ITEM.match(text, position)
-                if not item:
-                    raise unreadable(text[position:], name)
-                position = item.end()
-                if item[2] != ":" and item[1].strip():  # the text before a colon is the name of a group
-                    found.append(parse_address(item[1].strip(), name))
+            end, text = 0, re.sub(rf"({QUOTED})|{COMMENT}", lambda match: match[1] or " ", value, flags=re.DOTALL)
+            while end < len(text):
+                mailbox = MAILBOX.match(text, end)
+                if not mailbox:
+                    raise unreadable(text[end:], name)
+                end = mailbox.end()
+                if mailbox[2] != ":" and mailbox[1].strip():  # the text before a colon is the name of a group
+                    found.append(parse_mailbox(mailbox[1].strip(), name))
     return found
 
 
-def parse_address(mailbox: str, name: str) -> str:
+def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
     bracketed = BRACKETED.fullmatch(mailbox)
     address = (bracketed[1] if bracketed else mailbox).strip()
@@ -412,21 +411,6 @@ def parse_address(mailbox: str, name: str) -> str:
 
 def unreadable(text: str, name: str) -> Error:
     return Error(f"the {name} field holds an address that cannot be read: {text[:80]!r}", "write Name <user@domain>")
-
-
-def without_comments(text: str, name: str) -> str:
-    """Drop (comments), which nest, but not in quoted strings (RFC 5322 section 3.2.2). Raises Error."""
-    depth, kept = 0, []
-    for token in re.findall(rf'{QUOTED}|\\.|[()]|[^"\\()]+|.', text, re.DOTALL):
-        if token == "(":
-            depth += 1
-        elif token == ")" and depth:
-            depth -= 1
-        elif not depth:
-            kept.append(token)
-    if depth:
-        raise unreadable(text, name)
-    return "".join(kept)
 
 
 def wire_address(address: str) -> str:
@@ -499,7 +483,7 @@ def fit_field(field: bytes) -> bytes:
     if not field.isascii() or CONTROLS.search(field):
         name = field_name(field)
         head, colon, value = CONTROLS.sub(b" ", field).partition(b":")
-        if name in PARAMETER_FIELDS:
+        if name in ("content-type", "content-disposition"):
             value = PARAMETER.sub(encode_parameter, value)
         field = head + colon + encode_words(value, ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED)
     return CRLF.join(fold(line) for line in field.split(CRLF))
@@ -744,12 +728,12 @@ def wrap(text: bytes) -> bytes:
     return CRLF.join(text[start : start + 76] for start in range(0, len(text), 76))
 
 
-# ------------------------------------------------------------------------------------------------------- keys
+# -------------------------------------------------------------------------------------------------------- keys
 
 
 def key_file(folder: str, address: str, suffix: str) -> str:
     """The path of an address's key file: spelt as the address is, else in lower case. Raises Error."""
-    if "/" in address or address.startswith("."):
+    if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     for name in (address, address.lower()):
         path = os.path.join(folder, name + suffix)
@@ -759,23 +743,25 @@ def key_file(folder: str, address: str, suffix: str) -> str:
 
 
 def load_signer(folder: str, address: str, password: str) -> Signer:
-    """The key of ADDRESS.pem, with the certificates of that file or else of ADDRESS.crt. Raises Error."""
+    """The key of ADDRESS.pem, with its certificate and chain from there or from ADDRESS.crt. Raises Error."""
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
     path = key_file(folder, address, ".pem")
-    pem = read_guarded(path)
+    pem = read_file(path, secret=True)
     key = load_key(path, pem, password)
     if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
         raise Error(f"{path}: this kind of key cannot sign S/MIME", "use an RSA or elliptic curve (NIST) key")
-    if b"-----BEGIN CERTIFICATE-----" not in pem:
+    certificates = load_certificates(path, pem) if b"-----BEGIN CERTIFICATE" in pem else []
+    public = key.public_key()
+    if not any(certificate.public_key() == public for certificate in certificates):
         path = key_file(folder, address, ".crt")
-        pem = read_message(path)
-    certificates = load_certificates(path, pem)
-    own = [certificate for certificate in certificates if certificate.public_key() == key.public_key()]
+        certificates += load_certificates(path, read_file(path))
+    own = [certificate for certificate in certificates if certificate.public_key() == public]
     if not own:
-        raise Error(f"{path}: no certificate here belongs to the private key of {address}", "put both in one file")
-    check_validity(path, own[0])
-    return Signer(key, own[0], tuple(certificate for certificate in certificates if certificate != own[0]))
+        raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
+    latest = max(own, key=lambda certificate: certificate.not_valid_before_utc)  # renewed for the same key
+    check_validity(path, latest)
+    return Signer(key, latest, [certificate for certificate in dict.fromkeys(certificates) if certificate not in own])
 
 
 def load_key(path: str, pem: bytes, password: str) -> object:
@@ -785,7 +771,7 @@ def load_key(path: str, pem: bytes, password: str) -> object:
 
     encrypted = b"-----BEGIN ENCRYPTED" in pem or b"Proc-Type: 4,ENCRYPTED" in pem
     if encrypted and not password:
-        raise Error(f"{path}: this key is encrypted", "set SMIME_KEY_PASSWORD")
+        raise Error(f"{path}: this key has a passphrase", "set SMIME_KEY_PASSWORD")
     try:
         return load_pem_private_key(pem, password.encode() if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -795,24 +781,33 @@ def load_key(path: str, pem: bytes, password: str) -> object:
 
 def load_certificates(path: str, pem: bytes) -> list[Certificate]:
     """All certificates in PEM text. Raises Error."""
-    from cryptography.x509 import load_pem_x509_certificates
+    import warnings
+
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.x509 import InvalidVersion, load_pem_x509_certificates
 
     try:
-        return load_pem_x509_certificates(pem)
-    except ValueError:
-        raise Error(f"{path}: no certificate can be read from this file", "it must be in PEM form") from None
+        with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else suppress():
+            certificates = load_pem_x509_certificates(pem)
+            for certificate in certificates:
+                certificate.public_key()
+    except (ValueError, InvalidVersion, UnsupportedAlgorithm):
+        raise Error(f"{path}: no certificate can be read from this file", "it must hold some in PEM form") from None
+    return certificates
 
 
 def load_recipient(folder: str, address: str) -> Certificate:
-    """The first certificate of ADDRESS.crt, fit to encrypt for. Raises Error."""
+    """The certificate of ADDRESS.crt, the one below all others there. Raises Error."""
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
     path = key_file(folder, address, ".crt")
-    certificate = load_certificates(path, read_message(path))[0]
-    if not isinstance(certificate.public_key(), RSAPublicKey):
+    certificates = load_certificates(path, read_file(path))
+    issuers = [certificate.issuer for certificate in certificates if certificate.issuer != certificate.subject]
+    own = next((each for each in certificates if each.subject not in issuers), certificates[0])
+    if not isinstance(own.public_key(), RSAPublicKey):
         raise Error(f"{path}: the key in this certificate is not RSA", f"ask {address} for an RSA certificate")
-    check_validity(path, certificate)
-    return certificate
+    check_validity(path, own)
+    return own
 
 
 def check_validity(path: str, certificate: Certificate) -> None:
@@ -824,12 +819,10 @@ def check_validity(path: str, certificate: Certificate) -> None:
 
 
 def load_keys(
-    folder: str, signer: str | None, recipients: Iterable[str], password: str
+    folder: str, signer: str, recipients: Iterable[str], password: str
 ) -> tuple[Signer | None, dict[str, Certificate]]:
-    """The signer, and a certificate for every recipient. Raises one Error that names all that is missing or unusable."""
-    problems: list[str] = []
-    certificates: dict[str, Certificate] = {}
-    identity = None
+    """The signer, where there is one, and every recipient's certificate. Raises one Error that names all at fault."""
+    problems, identity, certificates = [], None, {}
     try:
         identity = load_signer(folder, signer, password) if signer else None
     except Error as error:
@@ -850,44 +843,45 @@ def load_keys(
 def sign(entity: bytes, signer: Signer, *, opaque: bool) -> bytes:
     """A signed entity: multipart/signed (RFC 8551 section 3.5.3), or signed-data if opaque (section 3.5.2)."""
     from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+    from cryptography.hazmat.primitives.serialization import Encoding
+    from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7Options, PKCS7SignatureBuilder
 
-    builder = pkcs7.PKCS7SignatureBuilder().set_data(entity)
-    builder = builder.add_signer(signer.certificate, signer.key, SHA256())
-    for certificate in signer.chain:  # last: the calls before drop what was added
+    builder = PKCS7SignatureBuilder().set_data(entity).add_signer(signer.certificate, signer.key, SHA256())
+    for certificate in signer.chain:  # last, for the calls before it drop what was added
         builder = builder.add_certificate(certificate)
     if opaque:
-        return cms_entity("signed-data", builder.sign(Encoding.DER, [pkcs7.PKCS7Options.Binary]))
-    signature = builder.sign(Encoding.DER, [pkcs7.PKCS7Options.Binary, pkcs7.PKCS7Options.DetachedSignature])
+        return cms_entity("signed-data", builder.sign(Encoding.DER, [PKCS7Options.Binary]))
+    signature = builder.sign(Encoding.DER, [PKCS7Options.Binary, PKCS7Options.DetachedSignature])
     boundary = b"----=_" + os.urandom(16).hex().encode()
     while boundary in entity:
         boundary = b"----=_" + os.urandom(16).hex().encode()
-    return b"".join(
-        (
-            b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n',
-            b'\tmicalg=sha-256; boundary="%b"\r\n\r\n' % boundary,
-            b"This message is signed with S/MIME.\r\n",
-            b"--%b\r\n" % boundary,
-            entity,
-            b"\r\n--%b\r\n" % boundary,
-            b"Content-Type: application/pkcs7-signature; name=smime.p7s\r\n",
-            b"Content-Transfer-Encoding: base64\r\n",
-            b"Content-Disposition: attachment; filename=smime.p7s\r\n\r\n",
-            base64_lines(signature),
-            b"\r\n--%b--\r\n" % boundary,
-        )
+    parts = (
+        b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n'
+        b'\tmicalg=sha-256; boundary="%b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n'
+        % (boundary, boundary),
+        entity,
+        b"\r\n--%b\r\nContent-Type: application/pkcs7-signature; name=smime.p7s\r\n"
+        b"Content-Transfer-Encoding: base64\r\n"
+        b"Content-Disposition: attachment; filename=smime.p7s\r\n\r\n" % boundary,
+        base64_lines(signature),
+        b"\r\n--%b--\r\n" % boundary,
     )
+    return b"".join(parts)
 
 
 def encrypt(entity: bytes, certificates: Iterable[Certificate]) -> bytes:
-    """An enveloped-data entity that any of these certificates' keys opens (RFC 8551 section 3.3)."""
+    """An enveloped-data entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error."""
     from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-    from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+    from cryptography.hazmat.primitives.serialization import Encoding
+    from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7EnvelopeBuilder, PKCS7Options
 
-    builder = pkcs7.PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
+    builder = PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
     for certificate in dict.fromkeys(certificates):
         builder = builder.add_recipient(certificate)
-    return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [pkcs7.PKCS7Options.Binary]))
+    try:
+        return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [PKCS7Options.Binary]))
+    except ValueError:
+        raise Error("a recipient's certificate holds a key that cannot encrypt", "ask for a new one") from None
 
 
 def cms_entity(kind: str, der: bytes) -> bytes:
@@ -906,10 +900,9 @@ def cms_entity(kind: str, der: bytes) -> bytes:
 class Stdout:
     """Prints messages, with the line ends of the file they came from."""
 
-    banner: tuple[str, ...] = ()
-
     def __init__(self, line_end: bytes) -> None:
         self.line_end = line_end
+        self.banner: list[str] = []
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         try:
@@ -917,14 +910,14 @@ class Stdout:
                 stdout.write(message if self.line_end == CRLF else message.replace(CRLF, self.line_end))
         except OSError as error:
             raise Error(f"standard output: {error.strerror}") from None
-        return Receipt(len(envelope.recipients))
+        return Receipt(len(envelope.recipients), [])
 
     def close(self) -> None:
         pass
 
 
 class Smtp:
-    """Sends messages to an SMTP server, over one connection. Source of the texts it prints: smtplib."""
+    """Sends messages to an SMTP server over one connection; what the server answers is told as smtplib prints it."""
 
     def __init__(self, settings: Settings) -> None:
         """Connect, and log in where there is a password. Raises Error."""
@@ -933,13 +926,13 @@ class Smtp:
             self.session, security = open_session(settings)
             if settings.smtp_user and settings.smtp_password:
                 self.session.login(settings.smtp_user, settings.smtp_password)
-        self.banner: tuple[str, ...] = (
+        self.banner = [
             f"Opened SMTP connection ({security})",
             f"Host: {settings.smtp_host}",
             f"Port: {settings.smtp_port}",
             f'User: "{settings.smtp_user}"',
             f'Password: "{STARS if settings.smtp_password else ""}"',
-        )
+        ]
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when no recipient was accepted."""
@@ -948,7 +941,7 @@ class Smtp:
         recipients = [wire_address(recipient) for recipient in envelope.recipients]
         sender = wire_address(envelope.sender)
         options = self.mail_options(message, [sender, *recipients])
-        if self.settings.smtp_host.lower().endswith(".sparkpostmail.com"):
+        if self.settings.smtp_host.lower().endswith(SPARKPOST_HOSTS):
             message = untracked(message)
         with smtp_errors(self.settings, self.session):
             try:
@@ -956,28 +949,27 @@ class Smtp:
             except smtplib.SMTPRecipientsRefused as error:
                 temporary = all(400 <= code < 500 for code, _ in error.recipients.values())
                 raise answer_error(str(error), self.settings, temporary=temporary) from None
-        answers = (without_secrets(str(refused), self.settings),) if refused else ()
-        return Receipt(len(recipients) - len(refused), answers)
+        return Receipt(
+            len(recipients) - len(refused), [without_secrets(str(refused), self.settings)] if refused else []
+        )
 
     def mail_options(self, message: bytes, addresses: Iterable[str]) -> list[str]:
         """What MAIL FROM must say of the message (RFC 6152, RFC 6531). Raises Error where the server cannot do it."""
         header = message[: message.index(CRLF + CRLF)]
-        if not header.isascii() or not all(address.isascii() for address in addresses):
-            if not self.session.has_extn("smtputf8"):
-                raise Error(
-                    f"{self.settings.smtp_host} does not offer SMTPUTF8, which addresses outside ASCII need",
-                    "use an address in ASCII, or another server",
-                )
-            return ["SMTPUTF8", "BODY=8BITMIME"]
-        return ["BODY=8BITMIME"] if not message.isascii() and self.session.has_extn("8bitmime") else []
+        if header.isascii() and all(address.isascii() for address in addresses):
+            return ["BODY=8BITMIME"] if not message.isascii() and self.session.has_extn("8bitmime") else []
+        if not self.session.has_extn("smtputf8"):
+            where = f"{self.settings.smtp_host} does not offer SMTPUTF8, which addresses outside ASCII need"
+            raise Error(where, "use an address in ASCII, or another server")
+        return ["SMTPUTF8", "BODY=8BITMIME"]
 
     def close(self) -> None:
-        with suppress(OSError):  # smtplib's errors are OSErrors; the messages are accepted or refused by now
+        with suppress(OSError):  # as smtplib's errors are; by now the messages are accepted or refused
             self.session.quit()
 
 
 def untracked(message: bytes) -> bytes:
-    """Ask SparkPost not to rewrite the links, which would break a signature; a header of the user's own stays."""
+    """Ask SparkPost not to rewrite links, which would break the signature; a header of the user's own stays."""
     if any(field_name(field) == "x-msys-api" for field in split_entity(message)[0]):
         return message
     return b'X-MSYS-API: {"options": {"open_tracking": false, "click_tracking": false}}\r\n' + message
@@ -986,37 +978,39 @@ def untracked(message: bytes) -> bytes:
 def open_session(settings: Settings) -> tuple[smtplib.SMTP, str]:
     """A session with the server, and how it is secured. Raises Error, and what smtplib and ssl raise.
 
-    A password never crosses a network without verified TLS (RFC 8314 section 3), and never where SMTP_TLS forbids.
+    A password crosses no network without verified TLS (RFC 8314 section 3).
     """
-    import ssl
+    from ssl import SSLCertVerificationError
 
     session = greet(settings)
-    peer = session.sock.getpeername()[0] if session.sock else ""
-    in_danger = bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
     if settings.smtp_tls == "off" or not session.has_extn("starttls"):
         if settings.smtp_tls == "verify":
             raise Error(
                 f"{settings.smtp_host} does not offer STARTTLS", "SMTP_TLS=verify demands it; is the port right?"
             )
-        if in_danger:
-            cure = "unset SMTP_PASSWORD, or " + (
-                "SMTP_TLS" if settings.smtp_tls == "off" else "use a port with STARTTLS"
-            )
+        if exposes_password(session, settings):
+            cure = "do not set SMTP_TLS=off" if settings.smtp_tls == "off" else "use a port that offers STARTTLS"
             raise Error(f"{settings.smtp_host}: a password is not sent over a plain connection", cure)
         return session, "plain"
     try:
         session.starttls(context=tls_context(settings.smtp_ca_file))
+        session.ehlo_or_helo_if_needed()
         return session, "STARTTLS"
-    except ssl.SSLCertVerificationError as error:
-        if settings.smtp_tls == "verify" or settings.smtp_ca_file or in_danger:
-            raise Error(
-                f"{settings.smtp_host}: its certificate cannot be verified: {error.verify_message}",
-                "name the CA that issued it in SMTP_CA_FILE",
-            ) from None
-    session.close()
-    session = greet(settings)  # a failed handshake ends the connection
+    except SSLCertVerificationError as error:
+        failure = f"{settings.smtp_host}: its certificate cannot be verified: {error.verify_message}"
+    session.close()  # a failed handshake ends the connection
+    session = greet(settings)
+    if settings.smtp_tls == "verify" or settings.smtp_ca_file or exposes_password(session, settings):
+        raise Error(failure, "name the CA that issued it in SMTP_CA_FILE")
     session.starttls(context=tls_context("", verify=False))
+    session.ehlo_or_helo_if_needed()
     return session, "STARTTLS, certificate not verified"
+
+
+def exposes_password(session: smtplib.SMTP, settings: Settings) -> bool:
+    """Whether a password would go to another machine."""
+    peer = session.sock.getpeername()[0] if session.sock else ""
+    return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
 
 
 def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
@@ -1042,7 +1036,8 @@ def greet(settings: Settings) -> smtplib.SMTP:
 
         def getreply(self) -> tuple[int, bytes]:
             code, text = super().getreply()
-            self.handed_over = code == 354  # the message follows, and no answer to it has come yet
+            if code != -1:  # which stands for an answer that is none
+                self.handed_over = code == 354  # the message follows, and no answer to it has come yet
             return code, text
 
     name = socket.gethostname()
@@ -1055,31 +1050,30 @@ def greet(settings: Settings) -> smtplib.SMTP:
 
 @contextmanager
 def smtp_errors(settings: Settings, session: smtplib.SMTP | None = None) -> Iterator[None]:
-    """Tell what smtplib raises as an Error: answers of the server unchanged, 4xx and lost connections as temporary."""
+    """Raise what smtplib raises as an Error: answers of the server unchanged, 4xx and lost connections as temporary."""
     import smtplib
 
     where = f"{settings.smtp_host} port {settings.smtp_port}"
+    cure = "is the server running, are SMTP_HOST and SMTP_PORT right?"
     try:
         yield
-    except smtplib.SMTPResponseException as error:
-        raise answer_error(str(error), settings, temporary=400 <= error.smtp_code < 500) from None
-    except smtplib.SMTPNotSupportedError as error:
-        raise Error(f"{where}: {error}", "is this the right server and port?") from None
-    except OSError as error:  # SMTPServerDisconnected too
-        reason = error.strerror or str(error)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # smtplib's errors are OSErrors; its base64 decoder and idna raise ValueError
         if getattr(session, "handed_over", False):
-            raise TemporaryError(
-                f"{where}: {reason}; the message may have been sent", "look before resending"
-            ) from None
-        raise TemporaryError(
-            f"{where}: {reason}", "is the server running, and SMTP_HOST and SMTP_PORT right?"
-        ) from None
-    except ValueError:  # of the idna codec, or from an answer to AUTH that is no base64
-        raise Error(f"{where}: no dialogue with this server is possible", "is SMTP_HOST right?") from None
+            lost = f"{where}: no clear answer; the message may have been sent"
+            raise Unreachable(lost, "look into the server's log before you send it again") from None
+        if isinstance(error, smtplib.SMTPResponseException):
+            raise answer_error(str(error), settings, temporary=400 <= error.smtp_code < 500) from None
+        if isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(
+            error, (smtplib.SMTPException, ValueError)
+        ):
+            raise Unreachable(f"{where}: {getattr(error, 'strerror', None) or error}", cure) from None
+        raise Error(without_secrets(f"{where}: {error}", settings), cure) from None
 
 
 def answer_error(answer: str, settings: Settings, *, temporary: bool) -> Error:
-    """A server's answer, which users know as smtplib prints it."""
     return (TemporaryError if temporary else Error)(without_secrets(answer, settings), prefix="")
 
 
@@ -1087,63 +1081,60 @@ def without_secrets(answer: str, settings: Settings) -> str:
     """Hide what a server might repeat of the login."""
     from base64 import b64encode
 
-    login = f"\0{settings.smtp_user}\0{settings.smtp_password}"
-    secrets = [settings.smtp_password, settings.api_key]
-    for secret in [b64encode(text.encode()).decode() for text in [login, *secrets]] + secrets:
-        answer = answer.replace(secret, STARS) if secret else answer
+    logins = [f"\0{settings.smtp_user}\0{settings.smtp_password}", settings.smtp_password, settings.api_key]
+    secrets = [b64encode(login.encode()).decode() for login in logins] + logins[1:]
+    for secret in filter(None, secrets + [repr(secret.encode())[2:-1] for secret in secrets]):
+        answer = answer.replace(secret, STARS)
     return answer
 
 
 class Api:
-    """Sends messages through the SparkPost transmissions API.
+    """Sends messages through the SparkPost transmissions API, https://developers.sparkpost.com/api/transmissions/."""
 
-    Source: https://developers.sparkpost.com/api/transmissions/
-    """
-
-    def __init__(self, settings: Settings, return_path: str | None) -> None:
+    def __init__(self, settings: Settings, *, own_return_path: bool) -> None:
         from urllib import request
 
-        self.settings = settings
-        self.return_path = return_path
-        self.opener = request.OpenerDirector()  # one that follows no redirection: the API key must not go along
+        self.settings, self.own_return_path = settings, own_return_path
+        proxies: dict[str, str] | None = (
+            {} if settings.api_host.startswith("http:") else None
+        )  # the key goes to no proxy in the clear
+        self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
         for handler in (
-            request.ProxyHandler(),
+            request.ProxyHandler(proxies),
             request.HTTPHandler(),
             request.HTTPSHandler(),
             request.HTTPErrorProcessor(),
             request.HTTPDefaultErrorHandler(),
         ):
             self.opener.add_handler(handler)
-        self.banner: tuple[str, ...] = ("Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"')
+        self.banner = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when no recipient was accepted."""
         import json
 
+        if len(message) > LARGEST_CONTENT:
+            raise Error(
+                f"the API takes no message over {LARGEST_CONTENT} bytes, this has {len(message)}", "use --send_smtp"
+            )
         try:
             content = message.decode()
         except UnicodeDecodeError:
             raise Error(
                 "the API takes eight-bit text in UTF-8 only", "sign or encrypt it, or use --send_smtp"
             ) from None
-        recipients = [{"address": {"email": wire_address(recipient)}} for recipient in envelope.recipients]
+        options = dict.fromkeys(("open_tracking", "click_tracking", "perform_substitutions"), False)
         transmission: dict[str, object] = {
-            "options": {
-                "open_tracking": False,
-                "click_tracking": False,
-                "transactional": True,
-                "perform_substitutions": False,
-            },
-            "recipients": recipients,
+            "options": options | {"transactional": True},
+            "recipients": [{"address": {"email": wire_address(recipient)}} for recipient in envelope.recipients],
             "content": {"email_rfc822": content},
         }
-        if self.return_path is not None:
-            transmission["return_path"] = self.return_path
-        status, reply = self.post(json.dumps(transmission).encode())
-        return self.read_reply(status, reply, len(recipients))
+        if self.own_return_path:
+            transmission["return_path"] = wire_address(envelope.sender)
+        return self.read_reply(*self.post(json.dumps(transmission).encode()), len(envelope.recipients))
 
     def post(self, body: bytes) -> tuple[int, bytes]:
-        """Status and reply of the API. Raises Error."""
+        """Status and reply of the API, empty where it was cut short. Raises Error."""
         from http.client import HTTPException
         from ssl import SSLCertVerificationError
         from urllib.error import HTTPError, URLError
@@ -1153,38 +1144,43 @@ class Api:
         headers = {"Authorization": self.settings.api_key, "Content-Type": "application/json"}
         request = Request(f"{host}/api/v1/transmissions", body, headers | {"User-Agent": f"sparkpostSMIME/{VERSION}"})
         try:
-            try:
-                response = self.opener.open(request, timeout=TIMEOUT)
-            except HTTPError as error:
-                response = error
-            with response:
-                return response.status, response.read(LONGEST_REPLY + 1)
+            response = self.opener.open(request, timeout=TIMEOUT)
+        except HTTPError as error:
+            response = error
         except URLError as error:
             if isinstance(error.reason, SSLCertVerificationError):
-                raise Error(f"{host}: its certificate cannot be verified: {error.reason.verify_message}") from None
-            reason = getattr(error.reason, "strerror", None) or error.reason
-            raise TemporaryError(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
-        except (HTTPException, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise TemporaryError(f"{host}: {reason}; the message may have been sent", "look before resending") from None
+                reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
+                raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
+            reason = getattr(error.reason, "strerror", None) or str(error.reason)
+            raise Unreachable(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
+        except (HTTPException, OSError):
+            raise Unreachable(f"{host}: no answer; the message may have been sent", "look before resending") from None
+        except ValueError:
+            raise Error(f"{host}: this is no host name", "is SPARKPOST_HOST right?") from None
+        with response:
+            try:
+                return response.status, response.read(LARGEST_REPLY + 1)
+            except (HTTPException, OSError):
+                return response.status, b""
 
     def read_reply(self, status: int, reply: bytes, recipients: int) -> Receipt:
         """What the API says of a message for so many recipients. Raises Error."""
         answer = json_object(reply)
         results = answer.get("results")
         results = results if isinstance(results, dict) else {}
-        lines = api_errors(answer.get("errors")) + api_errors(results.get("rcpt_to_errors"))
-        answers = tuple(without_secrets(line, self.settings) for line in lines)
+        answers = api_errors(answer.get("errors")) + api_errors(results.get("rcpt_to_errors"))
+        answers = [without_secrets(line, self.settings) for line in answers]
         accepted = results.get("total_accepted_recipients")
-        if status == 200 and isinstance(accepted, int):
-            return Receipt(min(accepted, recipients), answers)
-        reason = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
-        where = f"{self.settings.api_host}: HTTP status {status}: {reason}"
-        if status == 504:
-            raise TemporaryError(f"{where}; the message may have been sent", "look before resending")
+        if status == 200 and type(accepted) is int and 0 <= accepted <= recipients:
+            lost = f"{recipients - accepted} of {recipients} recipients were not accepted"
+            return Receipt(accepted, answers if answers or accepted == recipients else [lost])
+        told = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
+        where = f"{self.settings.api_host}: HTTP status {status}: {told}"
+        if status in (200, 504):
+            where += "; the message may have been sent"
         if status in (420, 429) or status >= 500:
             raise TemporaryError(where, "try again later")
-        raise Error(where, "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (401, 403, 404) else "")
+        raise Error(where, "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (200, 401, 403, 404) else "")
 
     def close(self) -> None:
         pass
@@ -1194,21 +1190,20 @@ def json_object(reply: bytes) -> dict[str, object]:
     """A reply's JSON object, empty where there is none to read."""
     import json
 
-    if len(reply) > LONGEST_REPLY:
-        return {}
     try:
-        value = json.loads(reply)
+        value = json.loads(reply) if len(reply) <= LARGEST_REPLY else None
     except (ValueError, RecursionError):
-        return {}
+        value = None
     return value if isinstance(value, dict) else {}
 
 
 def api_errors(errors: object) -> list[str]:
     """Each error as `code, message, description`, as far as it has them."""
-    if not isinstance(errors, list):
-        return []
-    keys = ("code", "message", "description")
-    return [", ".join(str(error[key]) for key in keys if error.get(key)) for error in errors if isinstance(error, dict)]
+    found = []
+    for error in errors if isinstance(errors, list) else [errors]:
+        parts = [error.get(key) for key in ("code", "message", "description")] if isinstance(error, dict) else [error]
+        found.append(", ".join(str(part) for part in parts if part))
+    return [line[:1000] for line in found if line]
 
 
 # ----------------------------------------------------------------------------------------------------- program
@@ -1216,14 +1211,14 @@ def api_errors(errors: object) -> list[str]:
 
 def run(options: Options, settings: Settings) -> int:
     """Take one message all the way. Returns the exit code; raises Error while nothing has left."""
-    raw = read_message(options.file)
+    raw = read_file(options.file)
     fields, _, body = split_entity(raw)
     envelope = read_envelope(fields, options.return_path)
     copies = plan_copies(envelope, options)
     from_address = author(fields, "from", "sender")
     signer, certificates = load_keys(
         options.keys,
-        from_address if options.sign else None,
+        from_address if options.sign else "",
         [recipient for copy in copies for recipient in copy.recipients] if options.encrypt else [],
         settings.key_password,
     )
@@ -1240,9 +1235,9 @@ def run(options: Options, settings: Settings) -> int:
     for copy in copies:
         sealed = encrypt(entity, [certificates[r] for r in copy.recipients]) if options.encrypt else entity
         messages.append((head + sealed, copy))
-    line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
     names = ("From", "To", "Cc", "Bcc")
     people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
+    line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
     return send(messages, options, settings, line_end, [f"Sending: {options.file}", *people])
 
 
@@ -1261,18 +1256,20 @@ def plan_copies(envelope: Envelope, options: Options) -> list[Envelope]:
 
 
 def warn_of_date(header: Iterable[bytes]) -> None:
-    """Thunderbird calls a signature invalid when it was made more than an hour from the message's Date."""
+    """Thunderbird calls a signature invalid that was made more than an hour from the message's Date."""
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
 
-    date = field_texts(header, "date")[0]
+    text = field_texts(header, "date")[0]
     try:
-        distance = abs(datetime.now(timezone.utc) - parsedate_to_datetime(date).astimezone(timezone.utc))
+        date = parsedate_to_datetime(text)
+        date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+        distance = abs((datetime.now(timezone.utc) - date).total_seconds())
     except (ValueError, TypeError, IndexError, OverflowError):
-        warn(f"the Date {date[:80]!r} cannot be read - --date_now replaces it")
+        warn(f"the Date {text[:80]!r} cannot be read - --date_now replaces it")
         return
-    if distance.total_seconds() > 3600:
-        warn(f"the Date {date} is over one hour from now: Thunderbird will call the signature invalid - add --date_now")
+    if distance > 3600:
+        warn(f"the Date {text} is over one hour from now: Thunderbird will call the signature invalid - add --date_now")
 
 
 def send(
@@ -1282,41 +1279,47 @@ def send(
     line_end: bytes,
     report: Iterable[str],
 ) -> int:
-    """Deliver all copies of a message and report. Returns the exit code; raises Error where none could be tried."""
+    """Deliver the copies of a message and report. Returns the exit code; raises Error where no transport opens."""
     from time import perf_counter
 
     started = perf_counter()
     transport = open_transport(options, settings, line_end)
-    if transport.banner:
-        for line in (*transport.banner, *report):
-            say(line)
-    receipts = [deliver(transport, *message) for message in messages]
+    for line in [*transport.banner, *report] if transport.banner else []:
+        say(line)
+    accepted, answers, missed = 0, list[str](), list[str]()
+    failures: list[Error] = []
+    for message, envelope in messages:
+        if failures and isinstance(failures[-1], Unreachable):
+            missed += envelope.recipients
+            continue
+        try:
+            receipt = transport.deliver(message, envelope)
+        except Error as error:
+            failures.append(error)
+            missed += envelope.recipients
+        else:
+            accepted += receipt.accepted
+            answers += receipt.answers
     seconds = perf_counter() - started
-    transport.close()
-    for answer in dict.fromkeys(answer for receipt in receipts for answer in receipt.answers):
+    for answer in dict.fromkeys([*answers, *map(str, failures)]):
         complain(answer)
-    accepted = sum(receipt.accepted for receipt in receipts)
+    if accepted and missed:
+        complain(f"{PROGRAM}: not sent to {', '.join(missed)}")
     wanted = sum(len(envelope.recipients) for _, envelope in messages)
     if accepted and transport.banner:
         some = "" if accepted == wanted else f" for {accepted} of {wanted} recipients"
         say(f"OK{some} - in {seconds:.3f} seconds")
+    transport.close()
     if accepted == wanted:
         return EXIT_OK
-    return EXIT_TEMPORARY if not accepted and all(receipt.temporary for receipt in receipts) else EXIT_FAILED
+    temporary = failures and not accepted and all(isinstance(failure, TemporaryError) for failure in failures)
+    return EXIT_TEMPORARY if temporary else EXIT_FAILED
 
 
-def open_transport(options: Options, settings: Settings, line_end: bytes) -> Transport:
+def open_transport(options: Options, settings: Settings, line_end: bytes) -> Stdout | Smtp | Api:
     if options.send_smtp:
         return Smtp(settings)
-    return Api(settings, options.return_path) if options.send_api else Stdout(line_end)
-
-
-def deliver(transport: Transport, message: bytes, envelope: Envelope) -> Receipt:
-    """Deliver one copy; a failure is a receipt too, for the other copies must still go."""
-    try:
-        return transport.deliver(message, envelope)
-    except Error as error:
-        return Receipt(0, (str(error),), isinstance(error, TemporaryError))
+    return Api(settings, own_return_path=bool(options.return_path)) if options.send_api else Stdout(line_end)
 
 
 def say(line: str, descriptor: int = 1) -> None:
@@ -1334,7 +1337,15 @@ def warn(text: str) -> None:
     complain(f"{PROGRAM}: warning: {text}")
 
 
+def occupy_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, lest a socket get its number and the report go to the server."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    occupy_standard_streams()
     options = parse_args(argv)
     try:
         return run(options, read_settings(read_environment(os.environ, options.env_file), options))
