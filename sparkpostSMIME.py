@@ -34,12 +34,13 @@ import os
 import re
 import sys
 from contextlib import contextmanager, suppress
+from functools import partial
 
 TYPE_CHECKING = False  # typing, like dataclasses, takes longer to load than --help takes to answer
 if TYPE_CHECKING:
     import smtplib
     import ssl
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -251,7 +252,9 @@ def port_number(text: str, name: str) -> int:
 
 def api_url(host: str) -> str:
     """The base of the API's address. Raises Error for one that would send the key in the clear."""
-    url = re.fullmatch(r"(?:(https?)://)?([\w-]+(?:\.[\w-]+)*|\[[0-9A-Fa-f:]+\])(?::([0-9]+))?/?", host, re.ASCII)
+    url = re.fullmatch(
+        r"(?:(https?)://)?([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9A-Fa-f:]+\])(?::([0-9]+))?/?", host, re.ASCII
+    )
     if not url:
         raise Error("SPARKPOST_HOST is no address of an API", "it must be like https://api.eu.sparkpost.com")
     scheme, name, port = url[1] or "https", url[2], url[3] or ""
@@ -292,12 +295,12 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 
 # ------------------------------------------------------------------------------------- message: fields, envelope
 
-FIELD = re.compile(rb"(?:>?From [^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
+FIELD = re.compile(rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
 BLANK_LINE = re.compile(rb"\r?\n")
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 COMMENT = r"\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\)"
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
-ADDRESS = re.compile(rf"(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
+ADDRESS = re.compile(rf"({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
 MAILBOX = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
 BRACKETED = re.compile(rf'(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>', re.DOTALL)
 
@@ -392,7 +395,7 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
             end, text = 0, re.sub(rf"({QUOTED})|{COMMENT}", lambda match: match[1] or " ", value, flags=re.DOTALL)
             while end < len(text):
                 mailbox = MAILBOX.match(text, end)
-                if not mailbox:
+                if not mailbox or (mailbox[2] == ":" and "@" in mailbox[1]):
                     raise unreadable(text[end:], name)
                 end = mailbox.end()
                 if mailbox[2] != ":" and mailbox[1].strip():  # the text before a colon is the name of a group
@@ -403,10 +406,10 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
 def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
     bracketed = BRACKETED.fullmatch(mailbox)
-    address = (bracketed[1] if bracketed else mailbox).strip()
-    if not ADDRESS.fullmatch(address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
+    address = ADDRESS.fullmatch((bracketed[1] if bracketed else mailbox).strip())
+    if not address or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
         raise unreadable(mailbox, name)
-    return address
+    return f"{address[1]}@{address[2]}"
 
 
 def unreadable(text: str, name: str) -> Error:
@@ -441,7 +444,7 @@ def words(excluded: bytes = b"") -> bytes:
 BYTES_QUOTED = QUOTED.encode()
 UNSTRUCTURED = re.compile(words())
 ADDRESS_LIST = re.compile(
-    rb'(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+)|' % BYTES_QUOTED
+    rb'(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]*<))|' % BYTES_QUOTED
     + rb"(?P<quoted>%b)|%b" % (BYTES_QUOTED, words(rb'"<>(),:;')),
     re.DOTALL,
 )
@@ -450,7 +453,7 @@ ENCODED_WORD = re.compile(rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?=")
 RAW_ENCODED_WORD = re.compile(rb"=\?([^?\s]+)\?([BbQq])\?([^?\r\n]*[\x80-\xff][^?\r\n]*)\?=")
 CONTROLS = re.compile(rb"\0|\r(?!\n)")
 LONG_LINE = re.compile(rb"[^\r\n]{%d}" % (LONGEST_LINE + 1))
-CALLED_EIGHT_BIT = re.compile(rb"content-transfer-encoding:[ \t\r\n]*(?:8bit|binary)")
+CALLED_EIGHT_BIT = re.compile(rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)")
 
 
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
@@ -493,7 +496,7 @@ def fold(line: bytes) -> bytes:
     """Fold a line of more than 998 bytes before the white space in it (RFC 5322 section 2.2.3)."""
     if len(line) <= LONGEST_LINE:
         return line
-    return re.sub(rb"(.{0,%d}[^ \t])(?=[ \t])" % (LONGEST_LINE - 1), rb"\1\r\n", line)
+    return re.sub(rb"(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE - 1), rb"\1\r\n", line)
 
 
 def encode_words(value: bytes, token: re.Pattern[bytes]) -> bytes:
@@ -507,8 +510,11 @@ def encode_words(value: bytes, token: re.Pattern[bytes]) -> bytes:
         elif match.lastgroup == "address":
             word = re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), word)
         else:
-            word = encoded_words(unquoted(word) if match.lastgroup == "quoted" else word.decode())
             kind = "new"
+            word = encoded_words(unquoted(word) if match.lastgroup == "quoted" else word.decode())
+            # nothing but white space or the parentheses of a comment may touch it, RFC 2047 section 5
+            left, right = value[: match.start()][-1:], value[match.end() :][:1]
+            word = (b"" if left in b" \t\n(" else b" ") + word + (b"" if right in b" \t\r)" else b" ")
         if gap.isspace() and {before, kind} in ({"new"}, {"old", "new"}):
             gap += encoded_words(" ") + b" "  # blanks between encoded words are not shown, RFC 2047 section 6.2
         pieces += [gap, word]
@@ -524,7 +530,7 @@ def encoded_words(text: str) -> bytes:
     """Encoded words of at most 75 bytes, cut between characters (RFC 2047 sections 2 and 5)."""
     from binascii import b2a_base64
 
-    data = re.sub(r"[ \t\r\n]+", " ", text).encode()
+    data = text.replace("\r\n", "").encode()
     chunks = re.findall(rb".{1,45}(?![\x80-\xbf])", data, re.DOTALL)
     return b"\r\n ".join(b"=?utf-8?B?" + b2a_base64(chunk, newline=False) + b"?=" for chunk in chunks)
 
@@ -569,6 +575,8 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
     if not field_texts(content, "content-type"):
         content.insert(0, b"Content-Type: text/plain" + guess_charset(body))
     entity = fit_entity(b"".join(field + CRLF for field in content) + CRLF + body, clear=clear)
+    if clear and not is_fit(entity, clear=True):
+        raise Error("a part has a header that is unfit for a clear signature, and no encoding can help", "use --opaque")
     return entity
 
 
@@ -584,10 +592,9 @@ def guess_charset(body: bytes) -> bytes:
 
 
 def is_fit(entity: bytes, *, clear: bool) -> bool:
-    """Whether mail servers carry this entity, whose line ends are CRLF, unaltered (RFC 8551 section 3.1).
+    """Whether mail servers carry these bytes, with line ends of CRLF, unaltered (RFC 8551 section 3.1).
 
-    A part that is called 8bit they may re-encode, even if it is ASCII; and under a clear signature they may alter
-    "From " at the start of a line and blanks at its end.
+    Under a clear signature, "From " at the start of a line and blanks at its end are at risk too.
     """
     return (
         entity.isascii()
@@ -595,7 +602,6 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
         and entity.count(b"\r") == entity.count(CRLF)
         and not LONG_LINE.match(entity)
         and not re.search(rb"\n" + LONG_LINE.pattern, entity)
-        and not CALLED_EIGHT_BIT.search(entity.lower())
         and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity))
         and not (clear and (entity.endswith((b" ", b"\t")) or b" \r" in entity or b"\t\r" in entity))
     )
@@ -607,29 +613,33 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
     A part already signed is left alone. `default` is the type of an entity that names none. Raises Error.
     """
     entity = to_crlf(raw)
-    if is_fit(entity, clear=clear):
-        return entity
-    fields, blank, body = split_entity(raw)
-    kind, boundary = media_type(fields, default)
-    encoding = transfer_encoding(fields)
-    if kind == "multipart/signed":
-        if clear:
-            raise Error("the message holds a signed part, unfit for a clear signature around it", "use --opaque")
+    if is_fit(entity, clear=clear) and not CALLED_EIGHT_BIT.search(entity.lower()):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
-    if kind.startswith("multipart/") and boundary:
-        inner = "message/rfc822" if kind == "multipart/digest" else "text/plain"  # RFC 2046 section 5.1.5
-        body = fit_parts(body, boundary, clear=clear, default=inner, depth=depth + 1)
+    fields, blank, body = split_entity(raw)
+    kind, boundary = media_type(fields, default)
+    encoding = transfer_encoding(fields)
+    inner = "message/rfc822" if kind == "multipart/digest" else "text/plain"  # RFC 2046 section 5.1.5
+    fit_inner = partial(fit_entity, clear=clear, default=inner, depth=depth + 1)
+    parts = fit_parts(body, boundary, fit_inner, clear=clear) if boundary and kind.startswith("multipart/") else None
+    if parts is not None:
+        body = parts
     elif kind in ("message/rfc822", "message/global") and encoding not in ("base64", "quoted-printable"):
-        body = fit_entity(body, clear=clear, depth=depth + 1)
+        body = fit_inner(body)
     else:
         encoding, body = fit_leaf(body, kind, encoding, clear=clear)
-    encoding = "7bit" if encoding in ("8bit", "binary") else encoding
+    if encoding in ("8bit", "binary"):  # Postfix re-encodes a part called so, even if it is ASCII
+        encoding = "7bit"
     header = b"".join(fit_field(field) + CRLF for field in with_transfer_encoding(fields, encoding))
     if clear:
         header = re.sub(rb"[ \t\r\n]+(?=\r\n)", b"", header)
-    return header + blank + body
+    fit = header + blank + body
+    if kind == "multipart/signed" and fit != entity:
+        if clear:
+            raise Error("the message holds a signed part, unfit for a clear signature around it", "use --opaque")
+        return entity
+    return fit
 
 
 def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
@@ -640,51 +650,54 @@ def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
     entity.set_default_type(default)
     for value in field_texts(fields, "content-type")[:1]:
         entity["Content-Type"] = value
-    return entity.get_content_type(), entity.get_boundary()
+    try:
+        return entity.get_content_type(), entity.get_boundary()
+    except (ValueError, LookupError):  # a parameter in RFC 2231 form that is nonsense
+        return entity.get_content_type(), None
 
 
 def transfer_encoding(fields: Iterable[bytes]) -> str:
     """The Content-Transfer-Encoding, empty where the entity names none."""
-    value = "".join(field_texts(fields, "content-transfer-encoding")[:1])
-    return re.split(r"[;(]", value)[0].strip().lower()
+    values = field_texts(fields, "content-transfer-encoding")
+    return re.sub(COMMENT, "", values[0]).split(";")[0].strip().lower() if values else ""
 
 
 def with_transfer_encoding(fields: Sequence[bytes], encoding: str) -> list[bytes]:
-    """The fields, saying this Content-Transfer-Encoding."""
-    if encoding == transfer_encoding(fields):
-        return list(fields)
+    """The fields, with this one Content-Transfer-Encoding."""
     others = [field for field in fields if field_name(field) != "content-transfer-encoding"]
+    if encoding == transfer_encoding(fields) and len(fields) - len(others) < 2:
+        return list(fields)
     return [*others, b"Content-Transfer-Encoding: " + encoding.encode()]
 
 
-def fit_parts(body: bytes, boundary: str, *, clear: bool, default: str, depth: int) -> bytes:
-    """The body of a multipart, each part made fit (RFC 2046 section 5.1.1).
+def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *, clear: bool) -> bytes | None:
+    """The body of a multipart, each part made fit (RFC 2046 section 5.1.1); None where it holds no boundary line.
 
     An unfit preamble or epilogue, which no reader shows, is left out; so are blanks after a boundary.
     """
-    delimiter = re.compile(rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode()))
+    delimiter = rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode())
     pieces: list[bytes] = []
     end, inside = 0, False
-    for match in delimiter.finditer(body):
-        pieces += [fit_piece(body[end : match.start()], inside, clear, default, depth), to_crlf(match[0]).rstrip()]
+    for match in re.finditer(delimiter, body):
+        pieces += [fit_piece(body[end : match.start()], inside, fit_part, clear=clear), to_crlf(match[0]).rstrip()]
         end, inside = match.end(), not match[1]
         if not inside:
             break
-    return b"".join([*pieces, fit_piece(body[end:], inside, clear, default, depth)])
+    return b"".join([*pieces, fit_piece(body[end:], inside, fit_part, clear=clear)]) if pieces else None
 
 
-def fit_piece(piece: bytes, inside: bool, clear: bool, default: str, depth: int) -> bytes:
-    """What stands between two boundaries, a part with the line end before it; or before the first, or after the last."""
-    if not inside:
-        text = to_crlf(piece)
-        return text if is_fit(text, clear=clear) else b""
-    line_end = re.match(rb"\r?\n", piece)
-    return CRLF + fit_entity(piece[line_end.end() :], clear=clear, default=default, depth=depth) if line_end else b""
+def fit_piece(piece: bytes, inside: bool, fit_part: Callable[[bytes], bytes], *, clear: bool) -> bytes:
+    """What stands between two boundaries, a part after a line end; or what stands before the first or after the last."""
+    line_end = BLANK_LINE.match(piece)
+    if inside:
+        return CRLF + fit_part(piece[line_end.end() :]) if line_end else b""
+    text = to_crlf(piece)
+    return text if is_fit(text, clear=clear) else b""
 
 
 def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str, bytes]:
     """Encoding and body of a part that holds no parts, re-encoded where it is unfit; it decodes to the same bytes."""
-    is_text = kind.startswith(("text/", "message/"))
+    is_text = kind.startswith(("text/", "message/", "multipart/"))
     if encoding != "binary" or is_text:  # binary data has no line ends to be made CRLF
         body = to_crlf(body)
         if clear and kind in FIELD_TYPES:  # blanks at their line ends mean nothing, as in a header
@@ -712,7 +725,10 @@ def quoted_printable(data: bytes) -> bytes:
     """RFC 2045 section 6.7, for text with line ends of CRLF; keeps "From " off the start of every line."""
     unsafe = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
     escaped = re.sub(unsafe, lambda match: b"=%02X" % ord(match[0]), data)
-    return re.sub(rb"([^\r\n]{1,75}(?<!=)(?<!=[0-9A-F]))(?=[^\r\n])", rb"\1=\r\n", escaped)
+    return CRLF.join(
+        line if len(line) <= 76 else re.sub(rb"(.{1,75}(?<!=)(?<!=[0-9A-F]))(?=.)", rb"\1=\r\n", line)
+        for line in escaped.split(CRLF)
+    )
 
 
 def base64_lines(data: bytes) -> bytes:
@@ -1036,8 +1052,9 @@ def greet(settings: Settings) -> smtplib.SMTP:
 
         def getreply(self) -> tuple[int, bytes]:
             code, text = super().getreply()
-            if code != -1:  # which stands for an answer that is none
-                self.handed_over = code == 354  # the message follows, and no answer to it has come yet
+            if code == -1 and self.handed_over:
+                raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
+            self.handed_over = code == 354  # the message follows, and no answer to it has come yet
             return code, text
 
     name = socket.gethostname()
@@ -1061,16 +1078,13 @@ def smtp_errors(settings: Settings, session: smtplib.SMTP | None = None) -> Iter
         OSError,
         ValueError,
     ) as error:  # smtplib's errors are OSErrors; its base64 decoder and idna raise ValueError
+        reason = without_secrets(f"{where}: {getattr(error, 'strerror', None) or error}", settings)
         if getattr(session, "handed_over", False):
-            lost = f"{where}: no clear answer; the message may have been sent"
-            raise Unreachable(lost, "look into the server's log before you send it again") from None
+            raise Unreachable(f"{reason}; the message may have been sent", "look before sending it again") from None
         if isinstance(error, smtplib.SMTPResponseException):
             raise answer_error(str(error), settings, temporary=400 <= error.smtp_code < 500) from None
-        if isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(
-            error, (smtplib.SMTPException, ValueError)
-        ):
-            raise Unreachable(f"{where}: {getattr(error, 'strerror', None) or error}", cure) from None
-        raise Error(without_secrets(f"{where}: {error}", settings), cure) from None
+        lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
+        raise (Unreachable if lost and isinstance(error, OSError) else Error)(reason, cure) from None
 
 
 def answer_error(answer: str, settings: Settings, *, temporary: bool) -> Error:
@@ -1135,7 +1149,7 @@ class Api:
 
     def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and reply of the API, empty where it was cut short. Raises Error."""
-        from http.client import HTTPException
+        from http.client import HTTPException, InvalidURL
         from ssl import SSLCertVerificationError
         from urllib.error import HTTPError, URLError
         from urllib.request import Request
@@ -1153,10 +1167,11 @@ class Api:
                 raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
             raise Unreachable(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
-        except (HTTPException, OSError):
-            raise Unreachable(f"{host}: no answer; the message may have been sent", "look before resending") from None
-        except ValueError:
-            raise Error(f"{host}: this is no host name", "is SPARKPOST_HOST right?") from None
+        except (InvalidURL, ValueError):
+            raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
+        except (HTTPException, OSError) as error:
+            reason = without_secrets(f"{host}: {error}; the message may have been sent", self.settings)
+            raise Unreachable(reason, "look before sending it again") from None
         with response:
             try:
                 return response.status, response.read(LARGEST_REPLY + 1)
@@ -1296,13 +1311,15 @@ def send(
             receipt = transport.deliver(message, envelope)
         except Error as error:
             failures.append(error)
+            answers.append(str(error))
             missed += envelope.recipients
         else:
             accepted += receipt.accepted
             answers += receipt.answers
     seconds = perf_counter() - started
-    for answer in dict.fromkeys([*answers, *map(str, failures)]):
+    for answer in dict.fromkeys(answers):
         complain(answer)
+    missed = [recipient for recipient in missed if not any(recipient in answer for answer in answers)]
     if accepted and missed:
         complain(f"{PROGRAM}: not sent to {', '.join(missed)}")
     wanted = sum(len(envelope.recipients) for _, envelope in messages)

@@ -100,9 +100,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(authority, None), critical=True)
             .add_extension(x509.KeyUsage(**{usage: usage in wanted for usage in usages}), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
         )
         if address:
             usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])

@@ -23,7 +23,9 @@ HARD_CASES = {
     "eight bits": mail("Grüße\r\n".encode(), **EIGHT_BIT),
     "called 8bit": mail(b"a = b\r\n", **EIGHT_BIT),
     "called 8bit inside": mail(
-        b"--b\r\nContent-Transfer-Encoding: 8bit\r\n\r\na = b\r\n--b--\r\n", **MULTIPART, Content_Transfer_Encoding="8bit"
+        b"--b\r\nContent-Transfer-Encoding: 8bit\r\n\r\na = b\r\n--b--\r\n",
+        **MULTIPART,
+        Content_Transfer_Encoding="8bit",
     ),
     "binary": mail(
         b"--b\r\nContent-Type: image/x\r\nContent-Transfer-Encoding: binary\r\n\r\n\xff\0\r\x01\n--b--\r\n", **MULTIPART
@@ -92,9 +94,7 @@ def wire(message: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_signed_samples_verify_after_postfix_and_dkim(
-    path: Path, run: Run, postfix: Postfix, openssl: Openssl
-) -> None:
+def test_signed_samples_verify_after_postfix_and_dkim(path: Path, run: Run, postfix: Postfix, openssl: Openssl) -> None:
     done = run(path, "--sign", "--send_smtp", SMTP_HOST="localhost", SMTP_PORT=str(postfix.plain))
     assert done.returncode == 0, done.stdout + done.stderr
     recipients = 3 if path.stem == "cc-and-bcc" else 1
@@ -156,9 +156,7 @@ def test_submission_without_a_login_shows_the_530_as_smtplib_gives_it(run: Run, 
 
 
 def test_relaying_denied_shows_the_550_as_smtplib_gives_it(run: Run, postfix: Postfix) -> None:
-    done = run(
-        *("-", "--sign", "--send_smtp"), data=mail(To=BOB), SMTP_HOST="localhost", SMTP_PORT=str(postfix.strict)
-    )
+    done = run(*("-", "--sign", "--send_smtp"), data=mail(To=BOB), SMTP_HOST="localhost", SMTP_PORT=str(postfix.strict))
     assert done.returncode == 1
     assert re.fullmatch(rb"\{'bob\.lumreeker@gmail\.com': \(550, b'5\.7\.1 .*relaying denied'\)\}\n", done.stderr)
 
@@ -179,12 +177,12 @@ def test_hard_cases_verify_behind_a_relay_without_8bitmime(
     openssl.verify(entity)
 
 
-def test_the_relay_without_8bitmime_breaks_what_was_not_made_fit(
-    run: Run, postfix: Postfix, openssl: Openssl
-) -> None:
+def test_the_relay_without_8bitmime_breaks_what_was_not_made_fit(run: Run, postfix: Postfix, openssl: Openssl) -> None:
     """The control of the test above: the same part, called 8bit after it was signed, no longer verifies."""
     output = run("-", "--sign", data=mail(b"a = b\r\n", Content_Type="text/plain")).stdout
-    signed = output.replace(b"Content-Type: text/plain\r\n", b"Content-Type: text/plain\r\nContent-Transfer-Encoding: 8bit\r\n")
+    signed = output.replace(
+        b"Content-Type: text/plain\r\n", b"Content-Type: text/plain\r\nContent-Transfer-Encoding: 8bit\r\n"
+    )
     with smtplib.SMTP("localhost", postfix.relay) as session:
         session.sendmail(STEVE, [STEVET], signed)
     (message,) = postfix.take()

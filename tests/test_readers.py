@@ -19,9 +19,7 @@ def inner(output: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_every_reader_verifies_a_signed_sample(
-    path: Path, run: Run, openssl: Openssl, gpgsm: Gpgsm, nss: Nss
-) -> None:
+def test_every_reader_verifies_a_signed_sample(path: Path, run: Run, openssl: Openssl, gpgsm: Gpgsm, nss: Nss) -> None:
     done = run(path, "--sign")
     assert done.returncode == 0, done.stderr
     entity = inner(done.stdout)
