@@ -298,7 +298,7 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 FIELD = re.compile(rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
 BLANK_LINE = re.compile(rb"\r?\n")
 QUOTED = r'"(?:[^"\\]|\\.)*"'
-COMMENT = r"\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\)"
+COMMENT = r"\((?:[^()\\]|\\.)*\)"
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = re.compile(rf"({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
 MAILBOX = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
@@ -392,7 +392,7 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
     found = []
     for name in names:
         for value in field_texts(fields, name):
-            end, text = 0, re.sub(rf"({QUOTED})|{COMMENT}", lambda match: match[1] or " ", value, flags=re.DOTALL)
+            end, text = 0, without_comments(value)
             while end < len(text):
                 mailbox = MAILBOX.match(text, end)
                 if not mailbox or (mailbox[2] == ":" and "@" in mailbox[1]):
@@ -401,6 +401,16 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
                 if mailbox[2] != ":" and mailbox[1].strip():  # the text before a colon is the name of a group
                     found.append(parse_mailbox(mailbox[1].strip(), name))
     return found
+
+
+def without_comments(text: str) -> str:
+    """The value of a field without its (comments), which nest, but not in quoted strings (RFC 5322 section 3.2.2)."""
+    for _ in range(DEEPEST_NESTING):
+        shorter = re.sub(rf"({QUOTED})|{COMMENT}", lambda match: match[1] or " ", text, flags=re.DOTALL)
+        if shorter == text:
+            break
+        text = shorter
+    return text
 
 
 def parse_mailbox(mailbox: str, name: str) -> str:
@@ -659,7 +669,7 @@ def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
 def transfer_encoding(fields: Iterable[bytes]) -> str:
     """The Content-Transfer-Encoding, empty where the entity names none."""
     values = field_texts(fields, "content-transfer-encoding")
-    return re.sub(COMMENT, "", values[0]).split(";")[0].strip().lower() if values else ""
+    return without_comments(values[0]).split(";")[0].strip().lower() if values else ""
 
 
 def with_transfer_encoding(fields: Sequence[bytes], encoding: str) -> list[bytes]:
@@ -697,7 +707,9 @@ def fit_piece(piece: bytes, inside: bool, fit_part: Callable[[bytes], bytes], *,
 
 def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str, bytes]:
     """Encoding and body of a part that holds no parts, re-encoded where it is unfit; it decodes to the same bytes."""
-    is_text = kind.startswith(("text/", "message/", "multipart/"))
+    is_text = kind.startswith(("text/", "multipart/")) or kind in FIELD_TYPES
+    if kind.startswith("message/") and not is_text:  # not to be encoded, RFC 2046 section 5.2
+        return encoding, to_crlf(body)
     if encoding != "binary" or is_text:  # binary data has no line ends to be made CRLF
         body = to_crlf(body)
         if clear and kind in FIELD_TYPES:  # blanks at their line ends mean nothing, as in a header
@@ -726,7 +738,7 @@ def quoted_printable(data: bytes) -> bytes:
     unsafe = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
     escaped = re.sub(unsafe, lambda match: b"=%02X" % ord(match[0]), data)
     return CRLF.join(
-        line if len(line) <= 76 else re.sub(rb"(.{1,75}(?<!=)(?<!=[0-9A-F]))(?=.)", rb"\1=\r\n", line)
+        line if len(line) <= 76 else re.sub(rb"(.{73,75}(?<!=)(?<!=[0-9A-F]))(?=.)", rb"\1=\r\n", line)
         for line in escaped.split(CRLF)
     )
 
