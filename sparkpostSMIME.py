@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -298,7 +297,6 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 FIELD = re.compile(rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
 BLANK_LINE = re.compile(rb"\r?\n")
 QUOTED = r'"(?:[^"\\]|\\.)*"'
-COMMENT = r"\((?:[^()\\]|\\.)*\)"
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = re.compile(rf"({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
 MAILBOX = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
@@ -404,13 +402,19 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
 
 
 def without_comments(text: str) -> str:
-    """The value of a field without its (comments), which nest, but not in quoted strings (RFC 5322 section 3.2.2)."""
-    for _ in range(DEEPEST_NESTING):
-        shorter = re.sub(rf"({QUOTED})|{COMMENT}", lambda match: match[1] or " ", text, flags=re.DOTALL)
-        if shorter == text:
-            break
-        text = shorter
-    return text
+    """The value of a field without its (comments), which nest (RFC 5322 section 3.2.2); as it is where one is open."""
+    outside, within = re.compile(rf'{QUOTED}|[()]|[^"()]+|"', re.DOTALL), re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
+    depth, kept, end = 0, [], 0
+    while token := (within if depth else outside).match(text, end):
+        end = token.end()
+        if token[0] == "(":
+            depth += 1
+        elif depth and token[0] == ")":
+            depth -= 1
+            kept.append(" " if not depth else "")
+        elif not depth:
+            kept.append(token[0])
+    return text if depth else "".join(kept)
 
 
 def parse_mailbox(mailbox: str, name: str) -> str:
@@ -815,7 +819,8 @@ def load_certificates(path: str, pem: bytes) -> list[Certificate]:
     from cryptography.x509 import InvalidVersion, load_pem_x509_certificates
 
     try:
-        with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else suppress():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
             certificates = load_pem_x509_certificates(pem)
             for certificate in certificates:
                 certificate.public_key()

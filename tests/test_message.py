@@ -5,8 +5,8 @@ from __future__ import annotations
 import email
 import importlib.util
 import re
-import urllib.parse
 import sys
+import urllib.parse
 from base64 import b64encode
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -164,7 +164,8 @@ LISTS = {
     "To: a@x.org, b@x.org\r\nCc: A <a@X.org>, c@x.org\r\nBcc: b@x.org": "a b c",
     "To: a@x.org\r\nRESENT-TO: z@x.org\r\nResent-Cc: y@x.org\r\nResent-Bcc: w@x.org": "a",
     "To: Team: a@x.org, B <b@x.org>;, c@x.org\r\nCc: undisclosed-recipients:;": "a b c",
-    "To: a@x.org (A (nested, z@x.org) \\) end), (B) b@x.org": "a b",
+    "To: a@x.org (A (nested (twice), z@x.org) \\) end), (B) b@x.org": "a b",
+    'To: "G@h.org": a@x.org;, b@x.org': "a b",
     'To: a@x.org (5" disk), b@x.org (3" disk)': "a b",
     'To: "Doe, J. <z@x.org>" <a@x.org>, "\\"; z@x.org" <b@x.org>': "a b",
     "To: =?utf-8?Q?J=C3=BCrgen=2C_z=40x.org?= <a@x.org>, =?utf-8?B?w6k=?= <b@x.org>": "a b",
