@@ -294,13 +294,13 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 
 # ------------------------------------------------------------------------------------- message: fields, envelope
 
-FIELD = re.compile(rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
-BLANK_LINE = re.compile(rb"\r?\n")
+FIELD = rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)"
+BLANK_LINE = rb"\r?\n"
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
-ADDRESS = re.compile(rf"({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])", re.DOTALL)
-MAILBOX = re.compile(rf'((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)', re.DOTALL)
-BRACKETED = re.compile(rf'(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>', re.DOTALL)
+ADDRESS = rf"(?s)({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])"
+MAILBOX = rf'(?s)((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)'
+BRACKETED = rf'(?s)(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
@@ -310,10 +310,10 @@ def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
     that is no field (RFC 5322 section 2.1); mbox "From " lines before a field are dropped.
     """
     fields, end = [], 0
-    while match := FIELD.match(entity, end):
+    while match := re.compile(FIELD).match(entity, end):
         fields.append(to_crlf(match[1].rstrip(b"\r")))
         end = match.end()
-    blank = BLANK_LINE.match(entity, end)
+    blank = re.compile(BLANK_LINE).match(entity, end)
     start = blank.end() if blank else end
     return fields, CRLF if blank or start < len(entity) else b"", entity[start:]
 
@@ -392,8 +392,8 @@ def addresses(fields: Iterable[bytes], *names: str) -> list[str]:
         for value in field_texts(fields, name):
             end, text = 0, without_comments(value)
             while end < len(text):
-                mailbox = MAILBOX.match(text, end)
-                if not mailbox or (mailbox[2] == ":" and "@" in mailbox[1]):
+                mailbox = re.compile(MAILBOX).match(text, end)
+                if not mailbox or (mailbox[2] == ":" and "@" in re.sub(QUOTED, "", mailbox[1])):
                     raise unreadable(text[end:], name)
                 end = mailbox.end()
                 if mailbox[2] != ":" and mailbox[1].strip():  # the text before a colon is the name of a group
@@ -419,8 +419,8 @@ def without_comments(text: str) -> str:
 
 def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
-    bracketed = BRACKETED.fullmatch(mailbox)
-    address = ADDRESS.fullmatch((bracketed[1] if bracketed else mailbox).strip())
+    bracketed = re.fullmatch(BRACKETED, mailbox)
+    address = re.fullmatch(ADDRESS, (bracketed[1] if bracketed else mailbox).strip())
     if not address or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
         raise unreadable(mailbox, name)
     return f"{address[1]}@{address[2]}"
@@ -456,18 +456,17 @@ def words(excluded: bytes = b"") -> bytes:
 
 
 BYTES_QUOTED = QUOTED.encode()
-UNSTRUCTURED = re.compile(words())
-ADDRESS_LIST = re.compile(
-    rb'(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]*<))|' % BYTES_QUOTED
-    + rb"(?P<quoted>%b)|%b" % (BYTES_QUOTED, words(rb'"<>(),:;')),
-    re.DOTALL,
+UNSTRUCTURED = words()
+ADDRESS_LIST = (
+    rb'(?s)(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]*<))|' % BYTES_QUOTED
+    + rb"(?P<quoted>%b)|%b" % (BYTES_QUOTED, words(rb'"<>(),:;'))
 )
-PARAMETER = re.compile(rb'(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED, re.DOTALL)
-ENCODED_WORD = re.compile(rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?=")
-RAW_ENCODED_WORD = re.compile(rb"=\?([^?\s]+)\?([BbQq])\?([^?\r\n]*[\x80-\xff][^?\r\n]*)\?=")
-CONTROLS = re.compile(rb"\0|\r(?!\n)")
-LONG_LINE = re.compile(rb"[^\r\n]{%d}" % (LONGEST_LINE + 1))
-CALLED_EIGHT_BIT = re.compile(rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)")
+PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
+ENCODED_WORD = rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?="
+RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?([^?\r\n]*[\x80-\xff][^?\r\n]*)\?="
+CONTROLS = rb"\0|\r(?!\n)"
+LONG_LINE = rb"[^\r\n]{%d}" % (LONGEST_LINE + 1)
+CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
 
 
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
@@ -497,11 +496,11 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
 
 def fit_field(field: bytes) -> bytes:
     """Make a field ASCII, without NUL or a lone CR, in lines of at most 998 bytes; one that is so stays as it is."""
-    if not field.isascii() or CONTROLS.search(field):
+    if not field.isascii() or re.search(CONTROLS, field):
         name = field_name(field)
-        head, colon, value = CONTROLS.sub(b" ", field).partition(b":")
+        head, colon, value = re.sub(CONTROLS, b" ", field).partition(b":")
         if name in ("content-type", "content-disposition"):
-            value = PARAMETER.sub(encode_parameter, value)
+            value = re.sub(PARAMETER, encode_parameter, value)
         field = head + colon + encode_words(value, ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED)
     return CRLF.join(fold(line) for line in field.split(CRLF))
 
@@ -513,14 +512,14 @@ def fold(line: bytes) -> bytes:
     return re.sub(rb"(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE - 1), rb"\1\r\n", line)
 
 
-def encode_words(value: bytes, token: re.Pattern[bytes]) -> bytes:
+def encode_words(value: bytes, token: bytes) -> bytes:
     """Turn raw text in a field's value into encoded words (RFC 2047), except in addresses (RFC 6532)."""
-    value = RAW_ENCODED_WORD.sub(mend_encoded_word, to_text(value).encode())
+    value = re.sub(RAW_ENCODED_WORD, mend_encoded_word, to_text(value).encode())
     pieces, end, before = [], 0, ""
-    for match in token.finditer(value):
+    for match in re.finditer(token, value):
         gap, word, kind = value[end : match.start()], match[0], ""
         if word.isascii():
-            kind = "old" if ENCODED_WORD.fullmatch(word) else ""
+            kind = "old" if re.fullmatch(ENCODED_WORD, word) else ""
         elif match.lastgroup == "address":
             word = re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), word)
         else:
@@ -614,8 +613,8 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
         entity.isascii()
         and b"\0" not in entity
         and entity.count(b"\r") == entity.count(CRLF)
-        and not LONG_LINE.match(entity)
-        and not re.search(rb"\n" + LONG_LINE.pattern, entity)
+        and not re.match(LONG_LINE, entity)
+        and not re.search(rb"\n" + LONG_LINE, entity)
         and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity))
         and not (clear and (entity.endswith((b" ", b"\t")) or b" \r" in entity or b"\t\r" in entity))
     )
@@ -627,7 +626,7 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
     A part already signed is left alone. `default` is the type of an entity that names none. Raises Error.
     """
     entity = to_crlf(raw)
-    if is_fit(entity, clear=clear) and not CALLED_EIGHT_BIT.search(entity.lower()):
+    if is_fit(entity, clear=clear) and not re.search(CALLED_EIGHT_BIT, entity.lower()):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
@@ -701,8 +700,8 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
 
 
 def fit_piece(piece: bytes, inside: bool, fit_part: Callable[[bytes], bytes], *, clear: bool) -> bytes:
-    """What stands between two boundaries, a part after a line end; or what stands before the first or after the last."""
-    line_end = BLANK_LINE.match(piece)
+    """What stands between two boundaries, a part after a line end; or before the first, or after the last."""
+    line_end = re.match(BLANK_LINE, piece)
     if inside:
         return CRLF + fit_part(piece[line_end.end() :]) if line_end else b""
     text = to_crlf(piece)

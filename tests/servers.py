@@ -129,6 +129,7 @@ smtputf8_enable = yes
 """
         )
         host = "127.0.0.1:"
+        login_first = "530 5.7.1 Authorization required. Ref. https://tests.example/smtp"
         outside = "-o mynetworks=192.0.2.0/24 -o virtual_mailbox_domains="
         (self.etc / "master.cf").write_text(
             f"""{host}{self.plain} inet n - n - - smtpd
@@ -138,7 +139,7 @@ smtputf8_enable = yes
   -o {{smtpd_relay_restrictions=check_recipient_access,static:{{550 5.7.1 relaying denied}},reject}}
 {host}{self.submission} inet n - n - - smtpd {outside} -o smtpd_tls_security_level=may -o smtpd_sasl_auth_enable=yes
   -o smtpd_tls_auth_only=yes -o smtpd_client_restrictions= -o smtpd_delay_reject=no
-  -o {{smtpd_sender_restrictions=permit_sasl_authenticated,check_sender_access,static:{{530 5.7.1 Authorization required. Ref. https://tests.example/smtp}}}}
+  -o {{smtpd_sender_restrictions=permit_sasl_authenticated,check_sender_access,static:{{{login_first}}}}}
   -o smtpd_relay_restrictions=permit_sasl_authenticated,reject
 cleanup unix n - n - 0 cleanup
 qmgr unix n - n 300 1 qmgr
