@@ -481,7 +481,7 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         name = field_name(field)
         if name in dropped or (rewritten and name.startswith("content-")):
             continue
-        if name == "mime-version" and name in present:
+        if name in present and (name == "mime-version" or (name == "date" and options.date_now)):
             continue
         present.add(name)
         outer.append(fit_field(b"Date: " + formatdate().encode() if name == "date" and options.date_now else field))
@@ -741,7 +741,7 @@ def quoted_printable(data: bytes) -> bytes:
     unsafe = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
     escaped = re.sub(unsafe, lambda match: b"=%02X" % ord(match[0]), data)
     return CRLF.join(
-        line if len(line) <= 76 else re.sub(rb"(.{73,75}(?<!=)(?<!=[0-9A-F]))(?=.)", rb"\1=\r\n", line)
+        line if len(line) <= 76 else re.sub(rb"(?=.{77})(.{1,75}(?<!=)(?<!=[0-9A-F]))", rb"\1=\r\n", line)
         for line in escaped.split(CRLF)
     )
 
@@ -1244,6 +1244,7 @@ def run(options: Options, settings: Settings) -> int:
     """Take one message all the way. Returns the exit code; raises Error while nothing has left."""
     raw = read_file(options.file)
     fields, _, body = split_entity(raw)
+    refuse_stray_bcc(raw, body)
     envelope = read_envelope(fields, options.return_path)
     copies = plan_copies(envelope, options)
     from_address = author(fields, "from", "sender")
@@ -1270,6 +1271,15 @@ def run(options: Options, settings: Settings) -> int:
     people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
     line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
     return send(messages, options, settings, line_end, [f"Sending: {options.file}", *people])
+
+
+def refuse_stray_bcc(raw: bytes, body: bytes) -> None:
+    """Where a line that is no field ends the header early, a Bcc below it would go out as text. Raises Error."""
+    header = raw[: len(raw) - len(body)]
+    stray = b"" if header.endswith((b"\n\n", b"\n\r\n")) else re.split(rb"\n\r?\n", body, maxsplit=1)[0]
+    if re.search(rb"(?im)^(?:resent-)?bcc[ \t]*:", stray):
+        line = stray.partition(b"\n")[0]
+        raise Error(f"the header ends at a line that is no field, before a Bcc: {to_text(line)[:60]!r}", "mend it")
 
 
 def plan_copies(envelope: Envelope, options: Options) -> list[Envelope]:

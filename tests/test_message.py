@@ -629,3 +629,14 @@ MESSAGES = st.tuples(
 def test_no_message_gives_a_traceback(data: bytes, flags: Flags, keys: Path) -> None:
     (keys / "mail").write_bytes(data)
     assert script.main([str(keys / "mail"), "--keys", str(keys), *flags]) in (0, 1)
+
+
+@pytest.mark.parametrize("flags", ALL)
+def test_a_bcc_below_a_line_that_ends_the_header_is_not_sent_as_text(run: Run, flags: Flags) -> None:
+    data = f"From: {STEVE}\nTo: {STEVET}\nRéf: 1\nBcc: {BOB}\n\nHello\n".encode()
+    assert "no field" in refusal(run, data, *flags)
+
+
+def test_date_now_leaves_one_date(run: Run) -> None:
+    output = printed(run, b"Date: x\r\n" + mail(Date="y"), "--date_now")
+    assert len(values(output, "Date")) == 1
