@@ -298,7 +298,7 @@ FIELD = rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]
 BLANK_LINE = rb"\r?\n"
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
-ADDRESS = rf"(?s)({QUOTED}|{ATOM})\s*@\s*({ATOM}|\[[!-Z^-~]+\])"
+ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
 MAILBOX = rf'(?s)((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)'
 BRACKETED = rf'(?s)(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
 
@@ -420,10 +420,11 @@ def without_comments(text: str) -> str:
 def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
     bracketed = re.fullmatch(BRACKETED, mailbox)
-    address = re.fullmatch(ADDRESS, (bracketed[1] if bracketed else mailbox).strip())
-    if not address or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
+    spaced = (bracketed[1] if bracketed else mailbox).strip()
+    address = re.sub(rf"({QUOTED})|\s*([.@])\s*", lambda match: match[1] or match[2], spaced)  # RFC 5322 section 4.4
+    if not re.fullmatch(ADDRESS, address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
         raise unreadable(mailbox, name)
-    return f"{address[1]}@{address[2]}"
+    return address
 
 
 def unreadable(text: str, name: str) -> Error:
