@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,14 @@ PASSWORD, API_KEY, KEY_PASSWORD = "smtp-secret-7Qx9", "api-secret-b41f00d5c0ffee
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
+def need(*programs: str, root: bool = False) -> None:
+    """Skip the test where programs that it drives are missing; in CI nothing may be missing."""
+    missing = [program for program in programs if not shutil.which(program)] + ["root"] * (root and os.geteuid() != 0)
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"needs {', '.join(missing)}")
+    assert not missing, missing
+
+
 @pytest.fixture(scope="session")
 def authority() -> Authority:
     return Authority()
@@ -44,6 +53,7 @@ def openssl(tmp_path_factory: pytest.TempPathFactory, root: bytes) -> Openssl:
 
 @pytest.fixture(scope="session")
 def gpgsm(tmp_path_factory: pytest.TempPathFactory, authority: Authority, root: bytes) -> Iterator[Gpgsm]:
+    need("gpgsm", "gpgconf")
     reader = Gpgsm(tmp_path_factory.mktemp("g") / "home", root, [authority.identity(STEVET), authority.identity(BOB)])
     yield reader
     reader.stop()
@@ -51,6 +61,7 @@ def gpgsm(tmp_path_factory: pytest.TempPathFactory, authority: Authority, root: 
 
 @pytest.fixture(scope="session")
 def nss(tmp_path_factory: pytest.TempPathFactory, authority: Authority, root: bytes) -> Nss:
+    need("certutil", "pk12util", "cmsutil")
     return Nss(tmp_path_factory.mktemp("n") / "db", root, [authority.identity(STEVET), authority.identity(BOB)])
 
 

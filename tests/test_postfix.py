@@ -10,7 +10,7 @@ from pathlib import Path
 import dkim
 import pytest
 import trustme
-from conftest import BOB, CAROL, SAMPLES, STEVE, STEVET, TESTS, Run, mail
+from conftest import BOB, CAROL, SAMPLES, STEVE, STEVET, TESTS, Run, mail, need
 from pki import Authority
 from readers import Openssl
 from servers import Postfix
@@ -68,6 +68,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def postfix(certificates: Path) -> Iterator[Postfix]:
+    need("postfix", "opendkim", "opendkim-genkey", "saslpasswd2", root=True)
     server = Postfix(certificates / "server.pem", certificates / "key.pem")
     yield server
     server.stop()
