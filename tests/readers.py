@@ -97,7 +97,17 @@ class Gpgsm:
         (folder / "trustlist.txt").write_text(text.strip().split("=")[1] + " S\n")
         self._run("--import", folder / "root.pem")
         for identity in identities:
-            self._run("--import", pkcs12(identity, folder))
+            self._import(identity)
+
+    def _import(self, identity: Identity) -> None:
+        """Import a key; gpgsm 2.2 misreads a PKCS #12 file now and then (1 of 460 here), but not the next one."""
+        for attempt in range(5):
+            try:
+                self._run("--import", pkcs12(identity, self.home))
+                return
+            except AssertionError:
+                if attempt == 4:
+                    raise
 
     def _run(self, *words: str | Path) -> bytes:
         options = ("--homedir", self.home, "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase-fd", "0")
