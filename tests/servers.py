@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,14 +13,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).parent
+GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, below those that the kernel gives to whoever asks for any, and given out once."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            if port not in GIVEN and probe.connect_ex(("127.0.0.1", port)) != 0:
+                GIVEN.add(port)
+                return port
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -57,9 +61,13 @@ class Postfix:
         self.mails: set[Path] = set()
         self._start_dkim()
         self._configure(certificate, key)
-        subprocess.run(["postfix", "-c", self.etc, "start"], check=True, capture_output=True)
-        for port in (self.plain, self.relay, self.submission, self.strict):
-            wait_for(lambda port=port: listening(port))
+        try:
+            subprocess.run(["postfix", "-c", self.etc, "start"], check=True, capture_output=True)
+            for port in (self.plain, self.relay, self.submission, self.strict):
+                wait_for(lambda port=port: listening(port))
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_dkim(self) -> None:
         dkim = self.folder / "dkim"
