@@ -304,7 +304,7 @@ BRACKETED = rf'(?s)(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
-    """Cut an entity into header fields, the blank line after them, and body.
+    """Cut an entity into header fields, the blank line after them, if there is one, and body.
 
     The fields are folded with CRLF and lack the last one; the body stays as it came. The header ends at the first line
     that is no field (RFC 5322 section 2.1); mbox "From " lines before a field are dropped.
@@ -315,7 +315,7 @@ def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
         end = match.end()
     blank = re.compile(BLANK_LINE).match(entity, end)
     start = blank.end() if blank else end
-    return fields, CRLF if blank or start < len(entity) else b"", entity[start:]
+    return fields, CRLF if blank else b"", entity[start:]
 
 
 def to_crlf(data: bytes) -> bytes:
@@ -325,12 +325,17 @@ def to_crlf(data: bytes) -> bytes:
     return data.replace(CRLF, b"\n").replace(b"\n", CRLF)
 
 
-def to_text(raw: bytes) -> str:
-    """Read bytes as UTF-8, else as Latin-1, which never fails."""
+def charset_of(raw: bytes) -> str:
+    """UTF-8, or Latin-1, in which all bytes are text."""
     try:
-        return raw.decode()
+        raw.decode()
     except UnicodeDecodeError:
-        return raw.decode("latin-1")
+        return "iso-8859-1"
+    return "utf-8"
+
+
+def to_text(raw: bytes) -> str:
+    return raw.decode(charset_of(raw))
 
 
 def field_name(field: bytes) -> str:
@@ -474,6 +479,7 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
     """The fields that stay outside, in order and fit for transport, with those that every message must have."""
     from email.utils import formatdate, make_msgid
 
+    now = b"Date: " + formatdate(localtime=True).encode()
     rewritten = options.sign or options.encrypt
     dropped = DROPPED_FIELDS | ({"dkim-signature"} if rewritten else set())  # it signs the body as it was
     outer: list[bytes] = []
@@ -485,9 +491,9 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         if name in present and (name == "mime-version" or (name == "date" and options.date_now)):
             continue
         present.add(name)
-        outer.append(fit_field(b"Date: " + formatdate().encode() if name == "date" and options.date_now else field))
+        outer.append(now if name == "date" and options.date_now else fit_field(field))
     if "date" not in present:
-        outer.append(b"Date: " + formatdate(localtime=True).encode())
+        outer.append(now)
     if "message-id" not in present:
         outer.append(b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode())
     if "mime-version" not in present:
@@ -525,7 +531,7 @@ def encode_words(value: bytes, token: bytes) -> bytes:
             word = re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), word)
         else:
             kind = "new"
-            word = encoded_words(unquoted(word) if match.lastgroup == "quoted" else word.decode())
+            word = encoded_words((unquoted(word) if match.lastgroup == "quoted" else word).decode())
             # nothing but white space or the parentheses of a comment may touch it, RFC 2047 section 5
             left, right = value[: match.start()][-1:], value[match.end() :][:1]
             word = (b"" if left in b" \t\n(" else b" ") + word + (b"" if right in b" \t\r)" else b" ")
@@ -536,8 +542,9 @@ def encode_words(value: bytes, token: bytes) -> bytes:
     return b"".join(pieces) + value[end:]
 
 
-def unquoted(word: bytes) -> str:
-    return re.sub(r"\\(.)", r"\1", word[1:-1].decode(), flags=re.DOTALL)
+def unquoted(word: bytes) -> bytes:
+    """What a quoted string holds (RFC 5322 section 3.2.4); any other word as it is."""
+    return re.sub(rb"\\(.)", rb"\1", word[1:-1], flags=re.DOTALL) if word.startswith(b'"') else word
 
 
 def encoded_words(text: str) -> bytes:
@@ -573,8 +580,7 @@ def encode_parameter(match: re.Match[bytes]) -> bytes:
     name, value = match.groups()
     if value.isascii():
         return match[0]
-    content = re.sub(rb"\\(.)", rb"\1", value[1:-1], flags=re.DOTALL) if value[:1] == b'"' else value
-    return name + b"*=" + quote_from_bytes(content, safe="").encode()
+    return name + b"*=" + quote_from_bytes(unquoted(value), safe="").encode()
 
 
 # ----------------------------------------------------------------------------- message: entity fit for transport
@@ -587,22 +593,12 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
     """
     content = [f for f in fields if field_name(f).startswith("content-") and field_name(f) not in DROPPED_FIELDS]
     if not field_texts(content, "content-type"):
-        content.insert(0, b"Content-Type: text/plain" + guess_charset(body))
+        charset = "" if body.isascii() else f"; charset={charset_of(body)}"
+        content.insert(0, f"Content-Type: text/plain{charset}".encode())
     entity = fit_entity(b"".join(field + CRLF for field in content) + CRLF + body, clear=clear)
     if clear and not is_fit(entity, clear=True):
         raise Error("a part has a header that is unfit for a clear signature, and no encoding can help", "use --opaque")
     return entity
-
-
-def guess_charset(body: bytes) -> bytes:
-    """The charset parameter for text that came without one."""
-    if body.isascii():
-        return b""
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return b"; charset=iso-8859-1"
-    return b"; charset=utf-8"
 
 
 def is_fit(entity: bytes, *, clear: bool) -> bool:
@@ -632,6 +628,7 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
     fields, blank, body = split_entity(raw)
+    blank = CRLF if body else blank
     kind, boundary = media_type(fields, default)
     encoding = transfer_encoding(fields)
     inner = "message/rfc822" if kind == "multipart/digest" else "text/plain"  # RFC 2046 section 5.1.5
@@ -885,9 +882,8 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool) -> bytes:
     if opaque:
         return cms_entity("signed-data", builder.sign(Encoding.DER, [PKCS7Options.Binary]))
     signature = builder.sign(Encoding.DER, [PKCS7Options.Binary, PKCS7Options.DetachedSignature])
-    boundary = b"----=_" + os.urandom(16).hex().encode()
-    while boundary in entity:
-        boundary = b"----=_" + os.urandom(16).hex().encode()
+    while (boundary := b"----=_" + os.urandom(16).hex().encode()) in entity:
+        pass
     parts = (
         b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n'
         b'\tmicalg=sha-256; boundary="%b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n'
@@ -1091,10 +1087,8 @@ def smtp_errors(settings: Settings, session: smtplib.SMTP | None = None) -> Iter
     cure = "is the server running, are SMTP_HOST and SMTP_PORT right?"
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # smtplib's errors are OSErrors; its base64 decoder and idna raise ValueError
+    except (OSError, ValueError) as error:
+        # smtplib's errors are OSErrors; its base64 decoder and the idna codec raise ValueError
         reason = without_secrets(f"{where}: {getattr(error, 'strerror', None) or error}", settings)
         if getattr(session, "handed_over", False):
             raise Unreachable(f"{reason}; the message may have been sent", "look before sending it again") from None
@@ -1112,9 +1106,10 @@ def without_secrets(answer: str, settings: Settings) -> str:
     """Hide what a server might repeat of the login."""
     from base64 import b64encode
 
-    logins = [f"\0{settings.smtp_user}\0{settings.smtp_password}", settings.smtp_password, settings.api_key]
-    secrets = [b64encode(login.encode()).decode() for login in logins] + logins[1:]
-    for secret in filter(None, secrets + [repr(secret.encode())[2:-1] for secret in secrets]):
+    login = f"\0{settings.smtp_user}\0{settings.smtp_password}" if settings.smtp_password else ""
+    plain = [secret for secret in (login, settings.smtp_password, settings.api_key) if secret]
+    secrets = [b64encode(secret.encode()).decode() for secret in plain] + plain
+    for secret in secrets + [repr(secret.encode())[2:-1] for secret in secrets]:
         answer = answer.replace(secret, STARS)
     return answer
 
@@ -1126,12 +1121,10 @@ class Api:
         from urllib import request
 
         self.settings, self.own_return_path = settings, own_return_path
-        proxies: dict[str, str] | None = (
-            {} if settings.api_host.startswith("http:") else None
-        )  # the key goes to no proxy in the clear
+        in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
         self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
         for handler in (
-            request.ProxyHandler(proxies),
+            request.ProxyHandler({} if in_the_clear else None),
             request.HTTPHandler(),
             request.HTTPSHandler(),
             request.HTTPErrorProcessor(),
@@ -1244,15 +1237,17 @@ def api_errors(errors: object) -> list[str]:
 def run(options: Options, settings: Settings) -> int:
     """Take one message all the way. Returns the exit code; raises Error while nothing has left."""
     raw = read_file(options.file)
-    fields, _, body = split_entity(raw)
-    refuse_stray_bcc(raw, body)
+    fields, blank, body = split_entity(raw)
+    if not blank:
+        refuse_stray_bcc(body)
     envelope = read_envelope(fields, options.return_path)
     copies = plan_copies(envelope, options)
+    served = [recipient for copy in copies for recipient in copy.recipients]
     from_address = author(fields, "from", "sender")
     signer, certificates = load_keys(
         options.keys,
         from_address if options.sign else "",
-        [recipient for copy in copies for recipient in copy.recipients] if options.encrypt else [],
+        served if options.encrypt else [],
         settings.key_password,
     )
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
@@ -1270,16 +1265,18 @@ def run(options: Options, settings: Settings) -> int:
         messages.append((head + sealed, copy))
     names = ("From", "To", "Cc", "Bcc")
     people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
+    left_out = [recipient for recipient in envelope.hidden if recipient not in served]
+    if left_out:
+        warn(f"the printed copy leaves out the Bcc recipients {', '.join(left_out)}")
     line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
     return send(messages, options, settings, line_end, [f"Sending: {options.file}", *people])
 
 
-def refuse_stray_bcc(raw: bytes, body: bytes) -> None:
-    """Where a line that is no field ends the header early, a Bcc below it would go out as text. Raises Error."""
-    header = raw[: len(raw) - len(body)]
-    stray = b"" if header.endswith((b"\n\n", b"\n\r\n")) else re.split(rb"\n\r?\n", body, maxsplit=1)[0]
-    if re.search(rb"(?im)^(?:resent-)?bcc[ \t]*:", stray):
-        line = stray.partition(b"\n")[0]
+def refuse_stray_bcc(body: bytes) -> None:
+    """Where a line that is no field has ended the header, a Bcc below it would go out as text. Raises Error."""
+    rest = re.split(rb"\n\r?\n", body, maxsplit=1)[0]
+    if re.search(rb"(?im)^(?:resent-)?bcc[ \t]*:", rest):
+        line = rest.partition(b"\n")[0]
         raise Error(f"the header ends at a line that is no field, before a Bcc: {to_text(line)[:60]!r}", "mend it")
 
 
@@ -1292,8 +1289,6 @@ def plan_copies(envelope: Envelope, options: Options) -> list[Envelope]:
         return copies + [Envelope(envelope.sender, (recipient,)) for recipient in envelope.hidden]
     if not copies:
         raise Error("the message has Bcc recipients only, and their copies are not printed", "use --send_smtp")
-    if envelope.hidden:
-        warn(f"the printed copy leaves out the Bcc recipients {', '.join(envelope.hidden)}")
     return copies
 
 
@@ -1328,21 +1323,7 @@ def send(
     transport = open_transport(options, settings, line_end)
     for line in [*transport.banner, *report] if transport.banner else []:
         say(line)
-    accepted, answers, missed = 0, list[str](), list[str]()
-    failures: list[Error] = []
-    for message, envelope in messages:
-        if failures and isinstance(failures[-1], Unreachable):
-            missed += envelope.recipients
-            continue
-        try:
-            receipt = transport.deliver(message, envelope)
-        except Error as error:
-            failures.append(error)
-            answers.append(str(error))
-            missed += envelope.recipients
-        else:
-            accepted += receipt.accepted
-            answers += receipt.answers
+    accepted, answers, missed, failures = deliver_all(transport, messages)
     seconds = perf_counter() - started
     for answer in dict.fromkeys(answers):
         complain(answer)
@@ -1358,6 +1339,31 @@ def send(
         return EXIT_OK
     temporary = failures and not accepted and all(isinstance(failure, TemporaryError) for failure in failures)
     return EXIT_TEMPORARY if temporary else EXIT_FAILED
+
+
+def deliver_all(
+    transport: Stdout | Smtp | Api, messages: Iterable[tuple[bytes, Envelope]]
+) -> tuple[int, list[str], list[str], list[Error]]:
+    """How many recipients were accepted, what was answered, who got nothing, and the failures.
+
+    One failure does not keep the other copies back, unless the server is out of reach.
+    """
+    accepted, answers, missed = 0, list[str](), list[str]()
+    failures: list[Error] = []
+    for message, envelope in messages:
+        if failures and isinstance(failures[-1], Unreachable):
+            missed += envelope.recipients
+            continue
+        try:
+            receipt = transport.deliver(message, envelope)
+        except Error as error:
+            failures.append(error)
+            answers.append(str(error))
+            missed += envelope.recipients
+        else:
+            accepted += receipt.accepted
+            answers += receipt.answers
+    return accepted, answers, missed, failures
 
 
 def open_transport(options: Options, settings: Settings, line_end: bytes) -> Stdout | Smtp | Api:
