@@ -663,7 +663,7 @@ def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
         entity["Content-Type"] = value
     try:
         return entity.get_content_type(), entity.get_boundary()
-    except (ValueError, LookupError):  # a parameter in RFC 2231 form that is nonsense
+    except (ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form that is nonsense
         return entity.get_content_type(), None
 
 
@@ -789,7 +789,7 @@ def load_signer(folder: str, address: str, password: str) -> Signer:
     if not own:
         raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
     latest = max(own, key=lambda certificate: certificate.not_valid_before_utc)  # renewed for the same key
-    check_validity(path, latest)
+    check_certificate(path, latest)
     return Signer(key, latest, [certificate for certificate in dict.fromkeys(certificates) if certificate not in own])
 
 
@@ -819,33 +819,48 @@ def load_certificates(path: str, pem: bytes) -> list[Certificate]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
             certificates = load_pem_x509_certificates(pem)
-            for certificate in certificates:
-                certificate.public_key()
+            for certificate in certificates:  # parsed when first asked for
+                certificate.public_key(), certificate.subject, certificate.issuer, certificate.extensions
     except (ValueError, InvalidVersion, UnsupportedAlgorithm):
         raise Error(f"{path}: no certificate can be read from this file", "it must hold some in PEM form") from None
     return certificates
 
 
 def load_recipient(folder: str, address: str) -> Certificate:
-    """The certificate of ADDRESS.crt, the one below all others there. Raises Error."""
+    """The one certificate of ADDRESS.crt that is not there as an issuer. Raises Error, also where that is unclear."""
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
     path = key_file(folder, address, ".crt")
     certificates = load_certificates(path, read_file(path))
     issuers = [certificate.issuer for certificate in certificates if certificate.issuer != certificate.subject]
-    own = next((each for each in certificates if each.subject not in issuers), certificates[0])
-    if not isinstance(own.public_key(), RSAPublicKey):
+    own = [certificate for certificate in dict.fromkeys(certificates) if certificate.subject not in issuers]
+    if len(own) > 1:
+        own = [certificate for certificate in own if not is_authority(certificate)]
+    if len(own) != 1:
+        raise Error(f"{path}: which certificate is that of {address} is unclear", "leave it and its chain in the file")
+    if not isinstance(own[0].public_key(), RSAPublicKey):
         raise Error(f"{path}: the key in this certificate is not RSA", f"ask {address} for an RSA certificate")
-    check_validity(path, own)
-    return own
+    check_certificate(path, own[0])
+    return own[0]
 
 
-def check_validity(path: str, certificate: Certificate) -> None:
+def is_authority(certificate: Certificate) -> bool:
+    from cryptography.x509 import BasicConstraints
+
+    return any(isinstance(each.value, BasicConstraints) and each.value.ca for each in certificate.extensions)
+
+
+def check_certificate(path: str, certificate: Certificate) -> None:
+    """Raise Error for a certificate outside its period of validity, or one whose key no form made here can use."""
     from datetime import datetime, timezone
+
+    from cryptography.x509.oid import PublicKeyAlgorithmOID
 
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not begin <= datetime.now(timezone.utc) <= end:
         raise Error(f"{path}: this certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}", "get a current one")
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        raise Error(f"{path}: the key in this certificate is for RSASSA-PSS only", "get one with a plain RSA key")
 
 
 def load_keys(
@@ -1070,6 +1085,14 @@ def greet(settings: Settings) -> smtplib.SMTP:
             self.handed_over = code == 354  # the message follows, and no answer to it has come yet
             return code, text
 
+        def data(self, msg: object) -> tuple[int, bytes]:
+            try:
+                return super().data(msg)  # type: ignore[arg-type]
+            except smtplib.SMTPDataError:  # smtplib leaves this transaction open, and the next would be refused
+                with suppress(smtplib.SMTPServerDisconnected):
+                    self.rset()
+                raise
+
     name = socket.gethostname()
     if "." not in name or not name.isascii():
         name = "[127.0.0.1]"  # as smtplib says, but without asking DNS for the full name
@@ -1134,7 +1157,7 @@ class Api:
         self.banner = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
-        """Raises Error when no recipient was accepted."""
+        """Raises Error when the API refuses the message as a whole."""
         import json
 
         if len(message) > LARGEST_CONTENT:
@@ -1239,7 +1262,7 @@ def run(options: Options, settings: Settings) -> int:
     raw = read_file(options.file)
     fields, blank, body = split_entity(raw)
     if not blank:
-        refuse_stray_bcc(body)
+        refuse_stray_recipients(body)
     envelope = read_envelope(fields, options.return_path)
     copies = plan_copies(envelope, options)
     served = [recipient for copy in copies for recipient in copy.recipients]
@@ -1272,12 +1295,12 @@ def run(options: Options, settings: Settings) -> int:
     return send(messages, options, settings, line_end, [f"Sending: {options.file}", *people])
 
 
-def refuse_stray_bcc(body: bytes) -> None:
-    """Where a line that is no field has ended the header, a Bcc below it would go out as text. Raises Error."""
+def refuse_stray_recipients(body: bytes) -> None:
+    """Where a line that is no field has ended the header, recipients named below it would get nothing. Raises Error."""
     rest = re.split(rb"\n\r?\n", body, maxsplit=1)[0]
-    if re.search(rb"(?im)^(?:resent-)?bcc[ \t]*:", rest):
-        line = rest.partition(b"\n")[0]
-        raise Error(f"the header ends at a line that is no field, before a Bcc: {to_text(line)[:60]!r}", "mend it")
+    if re.search(rb"(?im)^(?:resent-)?(?:to|cc|bcc)[^a-z:\n-]*:", rest):
+        line = to_text(rest.partition(b"\n")[0])
+        raise Error(f"the header ends at a line that is no field, {line[:60]!r}, above recipients", "mend that line")
 
 
 def plan_copies(envelope: Envelope, options: Options) -> list[Envelope]:
@@ -1327,7 +1350,7 @@ def send(
     seconds = perf_counter() - started
     for answer in dict.fromkeys(answers):
         complain(answer)
-    missed = [recipient for recipient in missed if not any(recipient in answer for answer in answers)]
+    missed = [recipient for recipient in missed if not any(f"{recipient!r}: (" in answer for answer in answers)]
     if accepted and missed:
         complain(f"{PROGRAM}: not sent to {', '.join(missed)}")
     wanted = sum(len(envelope.recipients) for _, envelope in messages)
@@ -1406,7 +1429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{PROGRAM}: the package {error.name} is missing or too old - pip install -r requirements.txt")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        complain(f"{PROGRAM}: interrupted")
+        unclear = "; a message under way may have been sent" if options.send_smtp or options.send_api else ""
+        complain(f"{PROGRAM}: interrupted{unclear}")
         return EXIT_FAILED
 
 
