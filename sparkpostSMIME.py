@@ -29,21 +29,62 @@ Modules are imported where they are used: --help answers at once, and a run load
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+HELP = """\
+usage: sparkpostSMIME.py [options] FILE.eml
+
+Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by SMTP or the SparkPost API.
+
+  FILE.eml               The message to send; - reads it from standard input.
+  --sign                 Sign with the private key in ADDRESS.pem (or .p12, .pfx), where ADDRESS is the one in From;
+                         SMIME_KEY_PASSWORD is its passphrase.
+  --encrypt              Encrypt for every recipient, with the certificate in the ADDRESS.crt (or .cer) of each.
+  --opaque               With --sign, wrap the text into the signature, where no server can alter it.
+  --protect_headers      Carry the header under the signature too; with --encrypt, hide the Subject (RFC 9788).
+  --archive ADDRESS      Let the owner of ADDRESS.crt open the encrypted message too; it is not sent there.
+                         This can be given several times.
+  --cipher NAME          Encrypt with aes256-cbc, which every reader knows (the default), or with aes256-gcm.
+  --rsa_padding NAME     Use RSA keys with pkcs1v15, which every reader knows (the default), or with pss_oaep.
+  --send_smtp            Send to the server in SMTP_HOST; SMTP_PORT, SMTP_USER, SMTP_PASSWORD, SMTP_TLS and
+                         SMTP_CA_FILE say how.
+  --send_api             Send through the SparkPost API, with the key in SPARKPOST_API_KEY, to the host in
+                         SPARKPOST_HOST.
+  --keys DIR             Look for key files in this folder, not in the current one.
+  --ca_file FILE         Use only certificates that the CA certificates in this file vouch for; SMIME_CA_FILE says
+                         the same.
+  --skip_checks CHECKS   Only warn where a certificate fails one of these checks, which are named with commas
+                         between: validity, address, usage, key_size, chain.
+  --env_file FILE        Read variables from this file, not from my_envs.sh in the current folder.
+  --return_path ADDRESS  Have bounces sent to this address; <> asks for none.
+  --date_now             Replace the Date field by the present time.
+  --version              Print the version.
+  -h, --help             Print this help.
+
+Exit codes: 0 every recipient accepted; 1 something was refused or is wrong; 2 wrong command line;
+75 temporary failure, try again later. Variables are read from the environment, then from --env_file.
+"""
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    print(HELP, end="")  # before anything else is loaded
+    raise SystemExit
+
 import os
 import re
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-TYPE_CHECKING = False  # typing, like dataclasses, takes longer to load than --help takes to answer
 if TYPE_CHECKING:
     import smtplib
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
+
+Extension = TypeVar("Extension")
 
 # ---------------------------------------------------------------------------------------------------- constants
 
@@ -58,6 +99,11 @@ DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
 SPARKPOST_HOSTS = (".sparkpostmail.com", ".sparkpostelite.com", ".sparkpost.com")
 CRLF = b"\r\n"
+KEY_SUFFIXES, CERTIFICATE_SUFFIXES = (".pem", ".p12", ".pfx"), (".crt", ".cer")
+SMALLEST_RSA_KEY = 2048  # bits, RFC 8551 section 4.3
+CURVES = ("secp256r1", "secp384r1", "secp521r1")  # P-256, P-384 and P-521
+SMTP_UTF8_MAILBOX = "1.3.6.1.5.5.7.8.9"  # RFC 9598
+CHECKS = ("validity", "address", "usage", "key_size", "chain")  # of certificates, RFC 8550 sections 3 and 4
 
 ADDRESS_FIELDS = {"from", "sender", "reply-to", "to", "cc", "bcc"}
 ADDRESS_FIELDS |= {f"resent-{name}" for name in ADDRESS_FIELDS} | {"disposition-notification-to", "errors-to"}
@@ -93,25 +139,29 @@ class Unreachable(TemporaryError):
 # -------------------------------------------------------------------------------------------------------- types
 
 
-class Options(argparse.Namespace):
+class Options(NamedTuple):
     """The command line."""
 
     file: str
     sign: bool
     encrypt: bool
     opaque: bool
+    protect_headers: bool
+    archive: list[str]
+    cipher: str
+    rsa_padding: str
     send_smtp: bool
     send_api: bool
     keys: str
+    ca_file: str
+    skip_checks: list[str]
     env_file: str | None
     return_path: str | None
     date_now: bool
 
 
-class Settings(argparse.Namespace):
-    """The environment. Holds secrets, so it has no repr."""
-
-    __repr__ = object.__repr__
+class Settings(NamedTuple):
+    """The environment. Holds secrets, so its repr tells nothing."""
 
     smtp_host: str
     smtp_port: int
@@ -122,69 +172,70 @@ class Settings(argparse.Namespace):
     api_key: str
     api_host: str
     key_password: str
+    ca_file: str
+
+    def __repr__(self) -> str:
+        return "Settings(...)"
 
 
-class Envelope:
+class Envelope(NamedTuple):
     """Who a message comes from and who gets it (RFC 5321), spelt as in its header.
 
     `hidden` are the recipients that only the Bcc field names.
     """
 
-    def __init__(self, sender: str, recipients: tuple[str, ...], hidden: tuple[str, ...] = ()) -> None:
-        self.sender, self.recipients, self.hidden = sender, recipients, hidden
+    sender: str
+    recipients: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
 
 
-class Signer:
+class Signer(NamedTuple):
     """A private key, the certificate that belongs to it, and the certificates above that one."""
 
-    def __init__(
-        self, key: RSAPrivateKey | EllipticCurvePrivateKey, certificate: Certificate, chain: Sequence[Certificate]
-    ) -> None:
-        self.key, self.certificate, self.chain = key, certificate, chain
+    key: RSAPrivateKey | EllipticCurvePrivateKey
+    certificate: Certificate
+    chain: Sequence[Certificate]
 
 
-class Receipt:
+class Receipt(NamedTuple):
     """What became of one message: how many recipients were accepted, and the answers about those who were not."""
 
-    def __init__(self, accepted: int, answers: list[str]) -> None:
-        self.accepted, self.answers = accepted, answers
+    accepted: int
+    answers: list[str]
 
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    """Read the command line; a wrong one ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by SMTP or the "
-        "SparkPost API.",
-        epilog="Exit codes: 0 every recipient accepted; 1 something was refused or is wrong; 2 wrong command line; "
-        "75 temporary failure, try again later. Variables are read from the environment, then from --env_file.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
-        allow_abbrev=False,
-        add_help=False,
-    )
-    add, flag = parser.add_argument, "store_true"
-    add("file", metavar="FILE.eml", help="The message to send; - reads it from standard input.")
-    add("--sign", action=flag, help="Sign with the private key in ADDRESS.pem, where ADDRESS is the one in From; "
-        "SMIME_KEY_PASSWORD is its passphrase.")  # fmt: skip
-    add("--encrypt", action=flag, help="Encrypt for every recipient, with the certificate in the ADDRESS.crt of each.")
-    add("--opaque", action=flag, help="With --sign, wrap the text into the signature, where no server can alter it.")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--send_smtp", action=flag, help="Send to the server in SMTP_HOST; SMTP_PORT, SMTP_USER, "
-        "SMTP_PASSWORD, SMTP_TLS and SMTP_CA_FILE say how.")  # fmt: skip
-    way.add_argument("--send_api", action=flag, help="Send through the SparkPost API, with the key in "
-        "SPARKPOST_API_KEY, to the host in SPARKPOST_HOST.")  # fmt: skip
-    add("--keys", metavar="DIR", default=".", help="Look for key files in this folder, not in the current one.")
-    add("--env_file", metavar="FILE", help="Read variables from this file, not from my_envs.sh in the current folder.")
-    add("--return_path", metavar="ADDRESS", help="Have bounces sent to this address; <> asks for none.")
-    add("--date_now", action=flag, help="Replace the Date field by the present time.")
-    add("--version", action="version", version=f"{PROGRAM} {VERSION}", help="Print the version.")
-    add("-h", "--help", action="help", help="Print this help.")
-    options = parser.parse_args(argv, Options())
+    """Read the command line, as HELP explains it; a wrong one ends the program with exit code 2."""
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(prog=PROGRAM, usage="%(prog)s [options] FILE.eml", allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("file", metavar="FILE.eml")
+    for name in ("--sign", "--encrypt", "--opaque", "--protect_headers", "--send_smtp", "--send_api", "--date_now"):
+        add(name, action="store_true")
+    add("--archive", action="append", default=[])
+    add("--cipher", choices=("aes256-cbc", "aes256-gcm"), default="aes256-cbc")
+    add("--rsa_padding", choices=("pkcs1v15", "pss_oaep"), default="pkcs1v15")
+    add("--keys", default=".")
+    add("--ca_file", default="")
+    add("--skip_checks", action="extend", type=lambda text: text.split(","), default=[])
+    add("--env_file")
+    add("--return_path")
+    add("--version", action="version", version=f"{PROGRAM} {VERSION}")
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.send_smtp and options.send_api:
+        parser.error("--send_smtp and --send_api are two ways: choose one")
     if options.opaque and not options.sign:
         parser.error("--opaque is a way to sign: add --sign")
+    if options.protect_headers and not (options.sign or options.encrypt):
+        parser.error("--protect_headers needs a signature or encryption: add --sign or --encrypt")
+    if options.archive and not options.encrypt:
+        parser.error("--archive is about encrypted messages: add --encrypt")
+    if unknown := set(options.skip_checks) - set(CHECKS):
+        parser.error(f"--skip_checks knows {', '.join(CHECKS)}, not {', '.join(sorted(unknown))}")
     return options
 
 
@@ -222,15 +273,16 @@ def read_settings(environ: Mapping[str, str], options: Options) -> Settings:
         api_key=environ.get("SPARKPOST_API_KEY", ""),
         api_host="",
         key_password=environ.get("SMIME_KEY_PASSWORD", ""),
+        ca_file=options.ca_file or environ.get("SMIME_CA_FILE", ""),
     )
     if options.send_smtp:
         require(environ, "SMTP_HOST", "SMTP_USER", "SMTP_PASSWORD")
-        settings.smtp_port = port_number(environ.get("SMTP_PORT") or "25", "SMTP_PORT")
+        settings = settings._replace(smtp_port=port_number(environ.get("SMTP_PORT") or "25", "SMTP_PORT"))
         if settings.smtp_tls not in ("auto", "verify", "off"):
             raise Error(f"SMTP_TLS is {settings.smtp_tls!r}", "it must be auto, verify or off")
     if options.send_api:
         require(environ, "SPARKPOST_API_KEY")
-        settings.api_host = api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com")
+        settings = settings._replace(api_host=api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com"))
     return settings
 
 
@@ -757,141 +809,386 @@ def wrap(text: bytes) -> bytes:
     return CRLF.join(text[start : start + 76] for start in range(0, len(text), 76))
 
 
+# --------------------------------------------------------------------------------- message: header protection
+
+
+CHARSET = rb"(?si);\s*charset\s*=\s*(?:%b|[^\s;]*)" % BYTES_QUOTED
+
+
+def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tuple[bytes, list[bytes]]:
+    """The entity with the header fields in it, and those that stay outside (RFC 9788 section 5.2).
+
+    `hide` puts Subject, Comments and Keywords out of reach of those who cannot decrypt (hcp_baseline, section 3.2.1),
+    and shows the Subject in the text where readers do not know of header protection (section 5.2.2).
+    """
+    fields, _, body = split_entity(entity)
+    header = [field for field in header if field_name(field) != "hp-outer"]  # only those made here may be believed
+    subject = field_texts(header, "subject")
+    outer = header
+    if hide:
+        outer = [b"Subject: [...]" if field_name(field) == "subject" else field for field in header]
+        outer = [field for field in outer if field_name(field) not in ("comments", "keywords")]
+    if hide and subject and subject[0]:
+        fields, body = with_legacy_display(fields, body, f"Subject: {readable(subject[0])}", depth=0)
+    inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
+    if hide:
+        inner += [fit_field(b"HP-Outer: " + tidy(field)) for field in outer if field_name(field) != "mime-version"]
+    fields = with_parameter(fields, b"hp", b"cipher" if hide else b"clear")
+    return b"".join(field + CRLF for field in inner + fields) + CRLF + body, outer
+
+
+def tidy(field: bytes) -> bytes:
+    """A field without blanks at line ends and before the colon, which no clear signature can hold."""
+    name, _, value = re.sub(rb"[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
+    return name.rstrip() + b":" + value
+
+
+def readable(value: str) -> str:
+    """A field's value in one line, encoded words (RFC 2047) decoded as far as they can be."""
+    from email.errors import HeaderParseError
+    from email.header import decode_header, make_header
+
+    try:
+        value = str(make_header(decode_header(value)))
+    except (HeaderParseError, LookupError, ValueError):
+        pass  # shown as it came
+    return " ".join(value.split())
+
+
+def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[bytes]:
+    """The fields, with this parameter in Content-Type, once, whatever the message's author has put there."""
+    old = rb"(?si)(%b)|;\s*%b(?:\*\d*\*?)?\s*=\s*(?:%b|[^\s;]*)" % (BYTES_QUOTED, name, BYTES_QUOTED)
+    return [
+        re.sub(old, lambda match: match[1] or b"", field).rstrip(b"; \t\r\n") + b';\r\n\t%b="%b"' % (name, value)
+        if field_name(field) == "content-type"
+        else field
+        for field in fields
+    ]
+
+
+def with_legacy_display(fields: list[bytes], body: bytes, line: str, *, depth: int) -> tuple[list[bytes], bytes]:
+    """Header fields and body of an entity, with a line of header shown in each part that is its main text."""
+    from itertools import count
+
+    kind, boundary = media_type(fields, "text/plain")
+    places = count()
+
+    def display(part: bytes) -> bytes:
+        if next(places) and kind != "multipart/alternative":
+            return part
+        inner, blank, text = split_entity(part)
+        inner, text = with_legacy_display(inner, text, line, depth=depth + 1)
+        return b"".join(field + CRLF for field in inner) + (blank or CRLF) + text
+
+    if any(text.lower().startswith("attachment") for text in field_texts(fields, "content-disposition")):
+        return fields, body
+    if kind in ("text/plain", "text/html"):
+        return with_line(fields, body, line, html=kind == "text/html")
+    if (
+        boundary
+        and kind in ("multipart/alternative", "multipart/mixed", "multipart/related")
+        and depth < DEEPEST_NESTING
+    ):
+        return fields, fit_parts(body, boundary, display, clear=False) or body
+    return fields, body
+
+
+def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
+    """Header fields and body of a text part, with this line on top; as they were where no reader can show the text."""
+    from email.message import Message
+    from html import escape
+
+    part = Message()
+    part["Content-Type"] = (field_texts(fields, "content-type") or ["text/plain"])[0]
+    charset, encoding = part.get_content_charset("us-ascii"), transfer_encoding(fields)
+    try:
+        text = decoded(body, encoding).decode(charset)
+        start = re.search(r"(?i)<body\b[^>]*>", text) if html else None
+        place = start.end() if start else 0
+        shown = (
+            f'<div class="header-protection-legacy-display"><pre>{escape(line)}</pre></div>' if html else f"{line}\r\n"
+        )
+        text = f"{text[:place]}{shown}\r\n{text[place:]}"
+        content = text.encode(charset, "xmlcharrefreplace" if html else "strict")
+    except UnicodeEncodeError:
+        content = text.encode()
+        fields = [
+            re.sub(CHARSET, b"", f) + b"; charset=utf-8" if field_name(f) == "content-type" else f for f in fields
+        ]
+    except (LookupError, ValueError):
+        return fields, body
+    if encoding == "base64" or b"\0" in content:
+        encoding, body = "base64", base64_lines(content)
+    else:
+        encoding, body = fit_leaf(content, "text/plain", "7bit", clear=True)
+    return with_parameter(with_transfer_encoding(fields, encoding), b"hp-legacy-display", b"1"), body
+
+
 # -------------------------------------------------------------------------------------------------------- keys
 
 
-def key_file(folder: str, address: str, suffix: str) -> str:
+class Keyring:
+    """The key folder: every signer and every recipient's certificate is loaded and checked once."""
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        """Raises Error where the CA certificates cannot be read."""
+        from datetime import datetime, timezone
+
+        self.folder, self.password, self.skipped = options.keys, settings.key_password, options.skip_checks
+        self.roots = read_keys(settings.ca_file)[1] if settings.ca_file else []
+        self.now = datetime.now(timezone.utc)
+        self.signers: dict[str, Signer] = {}
+        self.certificates: dict[str, Certificate] = {}
+
+    def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, Certificate]]:
+        """The signer, where one is named, and everybody's certificate. Raises one Error that names all at fault."""
+        problems = []
+        wanted: list[tuple[dict[str, Any], Callable[[str], object], str]]
+        wanted = [(self.signers, self.load_signer, signer)] if signer else []
+        wanted += [(self.certificates, self.load_recipient, address) for address in recipients]
+        for loaded, load, address in wanted:
+            try:
+                loaded[address] = loaded.get(address) or load(address)
+            except Error as error:
+                problems.append(error.text)
+        if problems:
+            raise Error("; ".join(problems))
+        return self.signers.get(signer), self.certificates
+
+    def load_signer(self, address: str) -> Signer:
+        """The key of an address, with its certificate and chain from there or from ADDRESS.crt. Raises Error."""
+        path = key_file(self.folder, address, KEY_SUFFIXES, "put the private key there")
+        key, certificates = read_keys(path, self.password, private=True)
+        if key is None:
+            raise Error(f"{path}: this file holds no key that can sign S/MIME", "use RSA or P-256, P-384 or P-521")
+        public = key.public_key()
+        if not any(certificate.public_key() == public for certificate in certificates):
+            path = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
+            certificates += read_keys(path)[1]
+        own = [certificate for certificate in certificates if certificate.public_key() == public]
+        if not own:
+            raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
+        chain = [certificate for certificate in certificates if certificate not in own]
+        return Signer(key, self.choose(own, chain, address, path, "sign"), chain)
+
+    def load_recipient(self, address: str) -> Certificate:
+        """The certificate of an address: one that is not in its file as an issuer. Raises Error."""
+        cure = f"a signed message from {address} holds it: see Key files in the README"
+        path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
+        certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
+        issuers = [certificate.issuer for certificate in certificates if certificate.issuer != certificate.subject]
+        own = [certificate for certificate in certificates if certificate.subject not in issuers]
+        own = [certificate for certificate in own if not is_authority(certificate)] or own
+        chain = [certificate for certificate in certificates if certificate not in own]
+        return self.choose(own, chain, address, path, "encrypt")
+
+    def choose(
+        self, own: Sequence[Certificate], chain: Sequence[Certificate], address: str, path: str, purpose: str
+    ) -> Certificate:
+        """Of the certificates of an address the usable one that began last. Raises Error, which tells each one's fault.
+
+        Warns of the faults in skipped checks, and of what needs care soon.
+        """
+        judged = [(list(self.faults(certificate, chain, address, purpose)), certificate) for certificate in own]
+        usable = [(faults, each) for faults, each in judged if all(fault[0] in self.skipped for fault in faults)]
+        if not usable:
+            which = " with serial number {:X}" if len(own) > 1 else ""
+            reasons = [
+                f"{address}: {path}: this certificate{which.format(each.serial_number)} {what} - {cure}"
+                for faults, each in judged
+                for check, what, cure in faults
+                if check not in self.skipped
+            ]
+            raise Error("; ".join(reasons or [f"{address}: {path}: no certificate is in this file"]))
+        faults, chosen = max(usable, key=lambda item: (-len(item[0]), item[1].not_valid_before_utc))
+        remarks = [what for _, what, _ in faults]
+        if not email_addresses(chosen):
+            remarks.append("names no address: only its file's name says whose it is")
+        if 0 <= (chosen.not_valid_after_utc - self.now).days < 30:
+            remarks.append(f"ends on {chosen.not_valid_after_utc:%Y-%m-%d}")
+        for remark in remarks:
+            warn(f"{address}: {path}: this certificate {remark}")
+        return chosen
+
+    def faults(
+        self, certificate: Certificate, chain: Sequence[Certificate], address: str, purpose: str
+    ) -> Iterator[tuple[str, str, str]]:
+        """Each check that a certificate fails, what is wrong, and the cure (RFC 8550 sections 3 and 4.4)."""
+        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+        from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+        from cryptography.x509 import ExtendedKeyUsage, KeyUsage
+        from cryptography.x509.oid import PublicKeyAlgorithmOID
+
+        begin, end, key = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.public_key()
+        if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+            yield "kind", "holds a key for RSASSA-PSS only", "get one with a plain RSA key"
+        elif not is_rsa(certificate) and not (isinstance(key, EllipticCurvePublicKey) and key.curve.name in CURVES):
+            yield "kind", "holds a key that is neither RSA nor on P-256, P-384 or P-521", "get one that is"
+        if not begin <= self.now <= end:
+            yield "validity", f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}", "get a current one"
+        named = email_addresses(certificate)
+        if named and same_address(address) not in map(same_address, named):
+            yield "address", f"belongs to {', '.join(named)}", f"get the one for {address}"
+        usage, extended = extension(certificate, KeyUsage), extension(certificate, ExtendedKeyUsage)
+        if usage and purpose == "sign" and not (usage.digital_signature or usage.content_commitment):
+            yield "usage", "is not for signatures (its key usage)", "get one for S/MIME"
+        if (
+            usage
+            and purpose == "encrypt"
+            and not (usage.key_encipherment if is_rsa(certificate) else usage.key_agreement)
+        ):
+            yield "usage", "is not for encryption (its key usage)", "get one for S/MIME"
+        if extended and not serves_mail(extended):
+            yield "usage", "is not for e-mail (its extended key usage)", "get one for S/MIME"
+        if isinstance(key, RSAPublicKey) and key.key_size < SMALLEST_RSA_KEY:
+            yield "key_size", f"holds an RSA key of {key.key_size} bits", f"get one of {SMALLEST_RSA_KEY} or more"
+        if self.roots and not vouched_for(certificate, chain, self.roots, min(max(self.now, begin), end)):
+            yield "chain", "is not issued by a CA in the CA file", "add the issuer's certificate to its own file"
+
+
+def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> str:
     """The path of an address's key file: spelt as the address is, else in lower case. Raises Error."""
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     for name in (address, address.lower()):
-        path = os.path.join(folder, name + suffix)
-        if os.path.exists(path):
-            return path
-    raise Error(f"{os.path.join(folder, address + suffix)} not found", "put it there, or name its folder with --keys")
+        for suffix in suffixes:
+            path = os.path.join(folder, name + suffix)
+            if os.path.exists(path):
+                return path
+    raise Error(f"{os.path.join(folder, address + suffixes[0])} not found", f"{cure}; --keys names the folder")
 
 
-def load_signer(folder: str, address: str, password: str) -> Signer:
-    """The key of ADDRESS.pem, with its certificate and chain from there or from ADDRESS.crt. Raises Error."""
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+def read_keys(
+    path: str, password: str = "", *, private: bool = False
+) -> tuple[RSAPrivateKey | EllipticCurvePrivateKey | None, list[Certificate]]:
+    """The private key in a file, where one that can sign is looked for, and its certificates, each once.
 
-    path = key_file(folder, address, ".pem")
-    pem = read_file(path, secret=True)
-    key = load_key(path, pem, password)
-    if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
-        raise Error(f"{path}: this kind of key cannot sign S/MIME", "use an RSA or elliptic curve (NIST) key")
-    certificates = load_certificates(path, pem) if b"-----BEGIN CERTIFICATE" in pem else []
-    public = key.public_key()
-    if not any(certificate.public_key() == public for certificate in certificates):
-        path = key_file(folder, address, ".crt")
-        certificates += load_certificates(path, read_file(path))
-    own = [certificate for certificate in certificates if certificate.public_key() == public]
-    if not own:
-        raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
-    latest = max(own, key=lambda certificate: certificate.not_valid_before_utc)  # renewed for the same key
-    check_certificate(path, latest)
-    return Signer(key, latest, [certificate for certificate in dict.fromkeys(certificates) if certificate not in own])
-
-
-def load_key(path: str, pem: bytes, password: str) -> object:
-    """The private key in PEM text. Raises Error, which never holds what the file holds."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    encrypted = b"-----BEGIN ENCRYPTED" in pem or b"Proc-Type: 4,ENCRYPTED" in pem
-    if encrypted and not password:
-        raise Error(f"{path}: this key has a passphrase", "set SMIME_KEY_PASSWORD")
-    try:
-        return load_pem_private_key(pem, password.encode() if encrypted else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        cure = "is SMIME_KEY_PASSWORD right?" if encrypted else "it must hold a private key in PEM form"
-        raise Error(f"{path}: no private key can be read from this file", cure) from None
-
-
-def load_certificates(path: str, pem: bytes) -> list[Certificate]:
-    """All certificates in PEM text. Raises Error."""
+    Reads PKCS #12, PEM with whatever text around it, and a certificate in DER. Raises Error, which tells nothing of
+    what the file holds.
+    """
     import warnings
 
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.x509 import InvalidVersion, load_pem_x509_certificates
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.x509 import InvalidVersion, load_der_x509_certificate, load_pem_x509_certificates
 
+    bag = private and path.endswith(KEY_SUFFIXES[1:])
+    data = read_file(path, secret=private)
+    locked = bag or b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
+    key, certificates = None, []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
-            certificates = load_pem_x509_certificates(pem)
+            if bag:
+                from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+
+                content = load_pkcs12(data, password.encode() or None)
+                key = content.key
+                certificates = [each.certificate for each in (content.cert, *content.additional_certs) if each]
+            elif private:
+                key = load_pem_private_key(data, password.encode() if locked and password else None)
+            if not bag and b"-----BEGIN CERTIFICATE" in data:
+                certificates = load_pem_x509_certificates(data)
+            elif not private:
+                certificates = [load_der_x509_certificate(data)]
             for certificate in certificates:  # parsed when first asked for
                 certificate.public_key(), certificate.subject, certificate.issuer, certificate.extensions
-    except (ValueError, InvalidVersion, UnsupportedAlgorithm):
-        raise Error(f"{path}: no certificate can be read from this file", "it must hold some in PEM form") from None
-    return certificates
+    except (ValueError, TypeError, InvalidVersion, UnsupportedAlgorithm):
+        cure = "it must hold one in PEM form" if private else "it must hold some in PEM form, or one in DER"
+        if locked and private:
+            cure = "is SMIME_KEY_PASSWORD right?" if password else "it has a passphrase: set SMIME_KEY_PASSWORD"
+        what = "private key" if private else "certificate"
+        raise Error(f"{path}: no {what} can be read from this file", cure) from None
+    signs = isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey))
+    return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
 
 
-def load_recipient(folder: str, address: str) -> Certificate:
-    """The one certificate of ADDRESS.crt that is not there as an issuer. Raises Error, also where that is unclear."""
+def extension(certificate: Certificate, kind: type[Extension]) -> Extension | None:
+    return next((each.value for each in certificate.extensions if isinstance(each.value, kind)), None)
+
+
+def is_rsa(certificate: Certificate) -> bool:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-    path = key_file(folder, address, ".crt")
-    certificates = load_certificates(path, read_file(path))
-    issuers = [certificate.issuer for certificate in certificates if certificate.issuer != certificate.subject]
-    own = [certificate for certificate in dict.fromkeys(certificates) if certificate.subject not in issuers]
-    if len(own) > 1:
-        own = [certificate for certificate in own if not is_authority(certificate)]
-    if len(own) != 1:
-        raise Error(f"{path}: which certificate is that of {address} is unclear", "leave it and its chain in the file")
-    if not isinstance(own[0].public_key(), RSAPublicKey):
-        raise Error(f"{path}: the key in this certificate is not RSA", f"ask {address} for an RSA certificate")
-    check_certificate(path, own[0])
-    return own[0]
+    return isinstance(certificate.public_key(), RSAPublicKey)
 
 
 def is_authority(certificate: Certificate) -> bool:
     from cryptography.x509 import BasicConstraints
 
-    return any(isinstance(each.value, BasicConstraints) and each.value.ca for each in certificate.extensions)
+    constraints = extension(certificate, BasicConstraints)
+    return bool(constraints and constraints.ca)
 
 
-def check_certificate(path: str, certificate: Certificate) -> None:
-    """Raise Error for a certificate outside its period of validity, or one whose key no form made here can use."""
-    from datetime import datetime, timezone
+def serves_mail(usage: Iterable[object]) -> bool:
+    """Whether an extended key usage is good for S/MIME (RFC 8550 section 4.4.4)."""
+    from cryptography.x509.oid import ExtendedKeyUsageOID
 
-    from cryptography.x509.oid import PublicKeyAlgorithmOID
-
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not begin <= datetime.now(timezone.utc) <= end:
-        raise Error(f"{path}: this certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}", "get a current one")
-    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
-        raise Error(f"{path}: the key in this certificate is for RSASSA-PSS only", "get one with a plain RSA key")
+    return any(
+        each in (ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE) for each in usage
+    )
 
 
-def load_keys(
-    folder: str, signer: str, recipients: Iterable[str], password: str
-) -> tuple[Signer | None, dict[str, Certificate]]:
-    """The signer, where there is one, and every recipient's certificate. Raises one Error that names all at fault."""
-    problems, identity, certificates = [], None, {}
+def email_addresses(certificate: Certificate) -> list[str]:
+    """The addresses in a certificate's alternative names and subject (RFC 8550 section 3, RFC 9598)."""
+    from cryptography.x509 import OtherName, RFC822Name, SubjectAlternativeName
+    from cryptography.x509.oid import NameOID
+
+    found = []
+    for name in extension(certificate, SubjectAlternativeName) or ():
+        if isinstance(name, RFC822Name):
+            found.append(name.value)
+        elif isinstance(name, OtherName) and name.type_id.dotted_string == SMTP_UTF8_MAILBOX:
+            found.append(name.value[2 + max(0, name.value[1] - 0x80) :].decode(errors="replace"))  # a DER UTF8String
+    return found + [str(each.value) for each in certificate.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)]
+
+
+def same_address(address: str) -> str:
+    """What two spellings of an address have in common; mail readers take no account of case either."""
+    return wire_address(address).lower()
+
+
+def vouched_for(
+    certificate: Certificate, chain: Sequence[Certificate], roots: list[Certificate], moment: datetime
+) -> bool:
+    """Whether one of the roots stands at the end of a certificate's chain at this moment (RFC 5280 section 6)."""
+    from cryptography.x509 import ExtendedKeyUsage
+    from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
+
+    def check_usage(_: object, __: object, usage: ExtendedKeyUsage | None) -> None:
+        if usage and not serves_mail(usage):
+            raise ValueError("not for e-mail")
+
+    leaf = ExtensionPolicy.permit_all()  # its extensions are checks of their own
+    issuer = ExtensionPolicy.webpki_defaults_ca().may_be_present(ExtendedKeyUsage, Criticality.AGNOSTIC, check_usage)
+    builder = PolicyBuilder().store(Store(roots)).time(moment)
     try:
-        identity = load_signer(folder, signer, password) if signer else None
-    except Error as error:
-        problems.append(error.text)
-    for address in recipients:
-        try:
-            certificates[address] = load_recipient(folder, address)
-        except Error as error:
-            problems.append(error.text)
-    if problems:
-        raise Error("; ".join(problems))
-    return identity, certificates
+        builder.extension_policies(ca_policy=issuer, ee_policy=leaf).build_client_verifier().verify(
+            certificate, [*chain]
+        )
+    except VerificationError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------ S/MIME
 
 
-def sign(entity: bytes, signer: Signer, *, opaque: bool) -> bytes:
-    """A signed entity: multipart/signed (RFC 8551 section 3.5.3), or signed-data if opaque (section 3.5.2)."""
+def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
+    """A signed entity: multipart/signed (RFC 8551 section 3.5.3), or signed-data if opaque (section 3.5.2).
+
+    With `pss`, an RSA key signs by RSASSA-PSS with a salt as long as the digest (RFC 4056).
+    """
+    from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.serialization import Encoding
     from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7Options, PKCS7SignatureBuilder
 
-    builder = PKCS7SignatureBuilder().set_data(entity).add_signer(signer.certificate, signer.key, SHA256())
+    padding = PSS(MGF1(SHA256()), PSS.DIGEST_LENGTH) if pss and isinstance(signer.key, RSAPrivateKey) else None
+    builder = PKCS7SignatureBuilder().set_data(entity)
+    builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=padding)
     for certificate in signer.chain:  # last, for the calls before it drop what was added
         builder = builder.add_certificate(certificate)
     if opaque:
@@ -913,16 +1210,21 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool) -> bytes:
     return b"".join(parts)
 
 
-def encrypt(entity: bytes, certificates: Iterable[Certificate]) -> bytes:
-    """An enveloped-data entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error."""
+def encrypt(entity: bytes, certificates: Iterable[Certificate], *, gcm: bool, oaep: bool) -> bytes:
+    """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error."""
     from cryptography.hazmat.primitives.ciphers.algorithms import AES256
     from cryptography.hazmat.primitives.serialization import Encoding
     from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7EnvelopeBuilder, PKCS7Options
 
-    builder = PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
-    for certificate in dict.fromkeys(certificates):
-        builder = builder.add_recipient(certificate)
+    recipients = list(dict.fromkeys(certificates))
     try:
+        if gcm or oaep or not all(map(is_rsa, recipients)):
+            return cms_entity(
+                "authEnveloped-data" if gcm else "enveloped-data", envelope(entity, recipients, gcm=gcm, oaep=oaep)
+            )
+        builder = PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
+        for certificate in recipients:
+            builder = builder.add_recipient(certificate)
         return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [PKCS7Options.Binary]))
     except ValueError:
         raise Error("a recipient's certificate holds a key that cannot encrypt", "ask for a new one") from None
@@ -936,6 +1238,116 @@ def cms_entity(kind: str, der: bytes) -> bytes:
         "Content-Disposition: attachment; filename=smime.p7m\r\n\r\n"
     )
     return header.encode() + base64_lines(der) + CRLF
+
+
+# ------------------------------------------------------------- CMS in DER, where the PKCS7 builders cannot make it
+
+
+def envelope(content: bytes, certificates: Iterable[Certificate], *, gcm: bool, oaep: bool) -> bytes:
+    """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
+    from cryptography.hazmat.primitives.ciphers import Cipher
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+    from cryptography.hazmat.primitives.ciphers.modes import CBC
+    from cryptography.hazmat.primitives.padding import PKCS7
+
+    key, nonce = os.urandom(32), os.urandom(12 if gcm else 16)
+    if gcm:
+        sealed = AESGCM(key).encrypt(nonce, content, None)
+        sealed, tag = sealed[:-16], octets(sealed[-16:])
+        algorithm = sequence(oid("2.16.840.1.101.3.4.1.46"), sequence(octets(nonce), integer(16)))
+    else:
+        pad, cipher = PKCS7(128).padder(), Cipher(AES256(key), CBC(nonce)).encryptor()
+        sealed, tag = cipher.update(pad.update(content) + pad.finalize()) + cipher.finalize(), b""
+        algorithm = sequence(oid("2.16.840.1.101.3.4.1.42"), octets(nonce))
+    infos = sorted(
+        recipient_info(certificate, key, oaep=oaep) for certificate in certificates
+    )  # a SET OF, X.690 section 11.6
+    version = 0 if gcm or all(info[0] == 0x30 for info in infos) else 2
+    body = [
+        integer(version),
+        element(0x31, *infos),
+        sequence(oid("1.2.840.113549.1.7.1"), algorithm, element(0x80, sealed)),
+    ]
+    kind = "1.2.840.113549.1.9.16.1.23" if gcm else "1.2.840.113549.1.7.3"
+    return sequence(oid(kind), element(0xA0, sequence(*body, tag)))
+
+
+def recipient_info(certificate: Certificate, key: bytes, *, oaep: bool) -> bytes:
+    """The key of the content, for the owner of a certificate: by RSA (RFC 3370, RFC 3560) or by ECDH (RFC 5753)."""
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
+    from cryptography.hazmat.primitives.keywrap import aes_key_wrap
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    public = certificate.public_key()
+    if isinstance(public, rsa.RSAPublicKey):
+        sha256 = sequence(oid("2.16.840.1.101.3.4.2.1"))
+        mgf1 = sequence(oid("1.2.840.113549.1.1.8"), sha256)
+        algorithm = sequence(oid("1.2.840.113549.1.1.1"), element(0x05))
+        scheme: padding.AsymmetricPadding = padding.PKCS1v15()
+        if oaep:
+            algorithm = sequence(oid("1.2.840.113549.1.1.7"), sequence(element(0xA0, sha256), element(0xA1, mgf1)))
+            scheme = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
+        return sequence(integer(0), issuer_and_serial(certificate), algorithm, octets(public.encrypt(key, scheme)))
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise ValueError
+    ephemeral = ec.generate_private_key(public.curve)
+    originator = ephemeral.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    wrap = sequence(oid("2.16.840.1.101.3.4.1.45"))
+    shared = sequence(wrap, element(0xA2, octets((8 * len(key)).to_bytes(4, "big"))))
+    wrapping_key = X963KDF(SHA256(), len(key), shared).derive(ephemeral.exchange(ec.ECDH(), public))
+    return element(
+        0xA1,
+        integer(3),
+        element(0xA0, b"\xa1" + originator[1:]),  # [1] IMPLICIT in place of SEQUENCE
+        sequence(oid("1.3.132.1.11.1"), wrap),
+        sequence(sequence(issuer_and_serial(certificate), octets(aes_key_wrap(wrapping_key, key)))),
+    )
+
+
+def issuer_and_serial(certificate: Certificate) -> bytes:
+    """The bytes that name a certificate, as they stand in it, however odd they are (RFC 5652 section 10.2.4)."""
+    elements = children(certificate.tbs_certificate_bytes)
+    serial, _, issuer = elements[1:4] if elements[0][0] == 0xA0 else elements[:3]  # version 1 does not say so
+    return sequence(issuer, serial)
+
+
+def children(der: bytes) -> list[bytes]:
+    """The elements that this element holds, each with its tag and length."""
+    found: list[bytes] = []
+    start = end = 2 + max(0, der[1] - 0x80)
+    while end < len(der):
+        content = start + 2 + max(0, der[start + 1] - 0x80)
+        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
+        found.append(der[start:end])
+        start = end
+    return found
+
+
+def element(tag: int, *contents: bytes) -> bytes:
+    """Tag, length and content (X.690 section 8.1)."""
+    size = sum(map(len, contents))
+    long = size.to_bytes((size.bit_length() + 7) // 8, "big") if size >= 0x80 else b""
+    return b"".join((bytes([tag, 0x80 + len(long) if long else size]), long, *contents))
+
+
+sequence, octets = partial(element, 0x30), partial(element, 0x04)
+
+
+def integer(value: int) -> bytes:
+    return element(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def oid(dotted: str) -> bytes:
+    """An object identifier (X.690 section 8.19)."""
+    first, second, *rest = map(int, dotted.split("."))
+    encoded = b""
+    for arc in (40 * first + second, *rest):
+        septets = [arc >> shift & 0x7F | 0x80 for shift in range(28, 0, -7) if arc >> shift] + [arc & 0x7F]
+        encoded += bytes(septets)
+    return element(0x06, encoded)
 
 
 # -------------------------------------------------------------------------------------------------- transports
@@ -1264,15 +1676,10 @@ def run(options: Options, settings: Settings) -> int:
     if not blank:
         refuse_stray_recipients(body)
     envelope = read_envelope(fields, options.return_path)
-    copies = plan_copies(envelope, options)
-    served = [recipient for copy in copies for recipient in copy.recipients]
+    served = served_recipients(envelope, options)
     from_address = author(fields, "from", "sender")
-    signer, certificates = load_keys(
-        options.keys,
-        from_address if options.sign else "",
-        served if options.encrypt else [],
-        settings.key_password,
-    )
+    everybody = [*served, *options.archive] if options.encrypt else []
+    signer, certificates = Keyring(options, settings).load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
     if options.sign or options.encrypt:
         entity = make_entity(fields, body, clear=options.sign and not options.opaque)
@@ -1280,11 +1687,19 @@ def run(options: Options, settings: Settings) -> int:
         entity = CRLF + to_crlf(body)
     if signer:
         warn_of_date(header)
-        entity = sign(entity, signer, opaque=options.opaque)
+    if options.protect_headers:
+        entity, header = protect_headers(entity, header, hide=options.encrypt)
+    strong = options.rsa_padding == "pss_oaep"
+    if signer:
+        entity = sign(entity, signer, opaque=options.opaque, pss=strong)
     head = b"".join(field + CRLF for field in header)
+    archive = [certificates[address] for address in options.archive]
     messages = []
-    for copy in copies:
-        sealed = encrypt(entity, [certificates[r] for r in copy.recipients]) if options.encrypt else entity
+    for copy in plan_copies(envelope, certificates, options):
+        sealed = entity
+        if options.encrypt:
+            keys = [certificates[recipient] for recipient in copy.recipients]
+            sealed = encrypt(entity, keys + archive, gcm=options.cipher == "aes256-gcm", oaep=strong)
         messages.append((head + sealed, copy))
     names = ("From", "To", "Cc", "Bcc")
     people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
@@ -1303,16 +1718,30 @@ def refuse_stray_recipients(body: bytes) -> None:
         raise Error(f"the header ends at a line that is no field, {line[:60]!r}, above recipients", "mend that line")
 
 
-def plan_copies(envelope: Envelope, options: Options) -> list[Envelope]:
-    """One message for all; but encrypted, one more for each Bcc recipient, whom the others' copy would give away."""
-    if not options.encrypt:
-        return [Envelope(envelope.sender, envelope.recipients + envelope.hidden)]
-    copies = [Envelope(envelope.sender, envelope.recipients)] if envelope.recipients else []
-    if options.send_smtp or options.send_api:
-        return copies + [Envelope(envelope.sender, (recipient,)) for recipient in envelope.hidden]
-    if not copies:
+def served_recipients(envelope: Envelope, options: Options) -> tuple[str, ...]:
+    """Who gets the message: everybody, but of an encrypted message only the copy for To and Cc is printed."""
+    if not options.encrypt or options.send_smtp or options.send_api:
+        return envelope.recipients + envelope.hidden
+    if not envelope.recipients:
         raise Error("the message has Bcc recipients only, and their copies are not printed", "use --send_smtp")
-    return copies
+    return envelope.recipients
+
+
+def plan_copies(envelope: Envelope, certificates: Mapping[str, Certificate], options: Options) -> list[Envelope]:
+    """One message for all; but encrypted and sent, one for RSA and one for elliptic curve keys, and one for each Bcc.
+
+    The others' copy would give away a Bcc recipient, and older NSS opens nothing that has an elliptic curve key in it.
+    """
+    if not options.encrypt:
+        return [envelope._replace(recipients=envelope.recipients + envelope.hidden)]
+    kinds = {recipient: is_rsa(certificates[recipient]) for recipient in envelope.recipients}
+    if not (options.send_smtp or options.send_api):
+        if len(set(kinds.values())) > 1:
+            warn("the printed message serves RSA and elliptic curve keys, which some readers cannot open")
+        return [envelope]
+    groups = [tuple(recipient for recipient in kinds if kinds[recipient] is kind) for kind in (True, False)]
+    groups += [(recipient,) for recipient in envelope.hidden]
+    return [envelope._replace(recipients=group) for group in groups if group]
 
 
 def warn_of_date(header: Iterable[bytes]) -> None:

@@ -138,8 +138,8 @@ class Faulty(socketserver.ThreadingTCPServer):
     def __init__(
         self, answers: Mapping[str, Answer], extensions: Sequence[str] = (), tls: ssl.SSLContext | None = None
     ) -> None:
-        self.port = free_port()
-        super().__init__(("127.0.0.1", self.port), Dialogue)
+        super().__init__(("127.0.0.1", 0), Dialogue)
+        self.port = self.server_address[1]
         self.tls, self.busy = tls, 0
         self.lines: list[tuple[bool, bytes]] = []  # whether under TLS, and what the client said
         self.mails: list[Mail] = []

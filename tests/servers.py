@@ -11,17 +11,19 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nothing listens on, below those that the kernel gives to whoever asks for any, and given out once."""
+    """A port that can be bound now, below those that the kernel gives to whoever asks for any, and given out once."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            if port not in GIVEN and probe.connect_ex(("127.0.0.1", port)) != 0:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            if port not in GIVEN:
                 GIVEN.add(port)
                 return port
 

@@ -47,7 +47,9 @@ def prepare(entity: bytes, *, clear: bool) -> bytes:
 
 
 def sign(entity: bytes, keys: Path, *, opaque: bool) -> bytes:
-    return bytes(script.sign(entity, script.load_signer(str(keys), STEVE, ""), opaque=opaque))
+    options = script.parse_args(["-", "--keys", str(keys)])
+    keyring = script.Keyring(options, script.read_settings({}, options))
+    return bytes(script.sign(entity, keyring.load_signer(STEVE), opaque=opaque, pss=False))
 
 
 def outer_fields(header: bytes, *flags: str) -> list[bytes]:

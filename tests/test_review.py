@@ -44,14 +44,6 @@ def test_a_root_without_the_intermediate_is_never_encrypted_for(
     assert b"Hello Steve" in openssl.decrypt(inner(done.stdout), identity)
 
 
-def test_two_unrelated_certificates_are_refused(run: Run, folder: Path, authority: Authority) -> None:
-    both = [certificate_pem(authority.identity(address).certificate) for address in (BOB, STEVET)]
-    (folder / f"{STEVET}.crt").write_bytes(b"".join(both))
-    done = run("-", "--encrypt", data=mail())
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert b"unclear" in done.stderr
-
-
 def test_a_self_signed_certificate_alone_is_the_recipients(run: Run, folder: Path) -> None:
     key = new_key()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Self")])
