@@ -976,8 +976,8 @@ class Keyring:
         cure = f"a signed message from {address} holds it: see Key files in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        issuers = [certificate.issuer for certificate in certificates if certificate.issuer != certificate.subject]
-        own = [certificate for certificate in certificates if certificate.subject not in issuers]
+        issuers = [issuer for _, issuer, subject in map(identifiers, certificates) if issuer != subject]
+        own = [certificate for certificate in certificates if identifiers(certificate)[2] not in issuers]
         own = [certificate for certificate in own if not is_authority(certificate)] or own
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encrypt")
@@ -1093,7 +1093,7 @@ def read_keys(
             elif not private:
                 certificates = [load_der_x509_certificate(data)]
             for certificate in certificates:  # parsed when first asked for
-                certificate.public_key(), certificate.subject, certificate.issuer, certificate.extensions
+                certificate.public_key(), certificate.subject, certificate.extensions
     except (ValueError, TypeError, InvalidVersion, UnsupportedAlgorithm):
         cure = "it must hold one in PEM form" if private else "it must hold some in PEM form, or one in DER"
         if locked and private:
@@ -1102,6 +1102,27 @@ def read_keys(
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
     signs = isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey))
     return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
+
+
+def identifiers(certificate: Certificate) -> tuple[bytes, bytes, bytes]:
+    """Serial number, issuer and subject in DER: the bytes that the certificate has, however odd they are."""
+    elements = children(certificate.tbs_certificate_bytes)
+    serial, _, issuer, _, subject = (
+        elements[1:6] if elements[0][0] == 0xA0 else elements[:5]
+    )  # version 1 does not say so
+    return serial, issuer, subject
+
+
+def children(der: bytes) -> list[bytes]:
+    """The elements that this element holds, each with its tag and length."""
+    found: list[bytes] = []
+    start = end = 2 + max(0, der[1] - 0x80)
+    while end < len(der):
+        content = start + 2 + max(0, der[start + 1] - 0x80)
+        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
+        found.append(der[start:end])
+        start = end
+    return found
 
 
 def extension(certificate: Certificate, kind: type[Extension]) -> Extension | None:
@@ -1290,7 +1311,7 @@ def recipient_info(certificate: Certificate, key: bytes, *, oaep: bool) -> bytes
         if oaep:
             algorithm = sequence(oid("1.2.840.113549.1.1.7"), sequence(element(0xA0, sha256), element(0xA1, mgf1)))
             scheme = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
-        return sequence(integer(0), issuer_and_serial(certificate), algorithm, octets(public.encrypt(key, scheme)))
+        return sequence(integer(0), named(certificate), algorithm, octets(public.encrypt(key, scheme)))
     if not isinstance(public, ec.EllipticCurvePublicKey):
         raise ValueError
     ephemeral = ec.generate_private_key(public.curve)
@@ -1303,27 +1324,14 @@ def recipient_info(certificate: Certificate, key: bytes, *, oaep: bool) -> bytes
         integer(3),
         element(0xA0, b"\xa1" + originator[1:]),  # [1] IMPLICIT in place of SEQUENCE
         sequence(oid("1.3.132.1.11.1"), wrap),
-        sequence(sequence(issuer_and_serial(certificate), octets(aes_key_wrap(wrapping_key, key)))),
+        sequence(sequence(named(certificate), octets(aes_key_wrap(wrapping_key, key)))),
     )
 
 
-def issuer_and_serial(certificate: Certificate) -> bytes:
-    """The bytes that name a certificate, as they stand in it, however odd they are (RFC 5652 section 10.2.4)."""
-    elements = children(certificate.tbs_certificate_bytes)
-    serial, _, issuer = elements[1:4] if elements[0][0] == 0xA0 else elements[:3]  # version 1 does not say so
+def named(certificate: Certificate) -> bytes:
+    """IssuerAndSerialNumber (RFC 5652 section 10.2.4)."""
+    serial, issuer, _ = identifiers(certificate)
     return sequence(issuer, serial)
-
-
-def children(der: bytes) -> list[bytes]:
-    """The elements that this element holds, each with its tag and length."""
-    found: list[bytes] = []
-    start = end = 2 + max(0, der[1] - 0x80)
-    while end < len(der):
-        content = start + 2 + max(0, der[start + 1] - 0x80)
-        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
-        found.append(der[start:end])
-        start = end
-    return found
 
 
 def element(tag: int, *contents: bytes) -> bytes:

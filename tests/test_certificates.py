@@ -1,4 +1,4 @@
-"""Checks of certificates: each fault is told in one line and nothing leaves; which certificates are taken; archives.
+"""Certificates: each fault is told in one line and nothing leaves; which ones are taken; forms of files; archives.
 
 Nearly all messages here go from Steve to Steve, so that one certificate is the signer's or the recipient's.
 """
@@ -15,12 +15,7 @@ import pytest
 from conftest import BOB, CAROL, KEY_PASSWORD, STEVE, STEVET, Run, mail
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from faulty import (  # the fixtures among them are used by name
-    Open,
-    Send,
-    send_by_smtp,  # noqa: F401
-    start_mailbox,  # noqa: F401
-)
+from faulty import Open, Send, send_by_smtp, start_mailbox  # noqa: F401, the fixtures are used by name
 from pki import DAY, EMAIL, NOW, USAGES, Authority, Identity, PrivateKey, certificate_der, certificate_pem, key_pem
 from readers import Openssl, command, cut_signed
 
@@ -41,8 +36,8 @@ class Fault(NamedTuple):
     check: str
     words: str
     make: Make
-    kind: str = "rsa"
     flags: Sequence[str] = BOTH
+    kind: str = "rsa"
 
 
 def leaf(**options: Any) -> Make:
@@ -74,24 +69,25 @@ def day(distance: int) -> str:
     return f"{NOW + distance * DAY:%Y-%m-%d}"
 
 
+MALLORY, UTF8 = "mallory@example.com", "mällory@example.com"
 EXPIRED, FUTURE = leaf(begin=NOW - 300 * DAY, days=200), leaf(begin=NOW + 3 * DAY)
-STRANGERS = leaf(san=["mallory@example.com"])
+STRANGERS, SERVERS = leaf(san=[MALLORY]), leaf(purposes=[SERVER])
 USAGE, CHAIN = r"usage|purpose|emailprotection|not (meant )?for", r"trust|chain|issue|root|CA\b|authority"
 FAULTS = {
     "expired": Fault("validity", day(-100), EXPIRED),
     "not yet valid": Fault("validity", day(3), FUTURE),
-    "another's address": Fault("address", "mallory@example.com", STRANGERS),
-    "another's in the subject": Fault("address", "mallory@", leaf(san=[], subject=["mallory@example.com"])),
-    "another's in UTF-8": Fault("address", "mällory@example.com", leaf(san=[], utf8=["mällory@example.com"])),
-    "address within another": Fault("address", STEVE, leaf(san=[f"x{STEVE}", f"{STEVE}.example"])),
-    "for servers": Fault("usage", USAGE, leaf(purposes=[SERVER])),
-    "never signs": Fault("usage", USAGE, lacking("digital_signature", "content_commitment"), flags=[SIGN]),
-    "never encrypts": Fault("usage", USAGE, lacking("key_encipherment"), flags=[ENCRYPT]),
-    "never agrees": Fault("usage", USAGE, lacking("key_agreement"), "P-256", [ENCRYPT]),
-    "RSA of 1024 bits": Fault("key_size", "1024", leaf(), "rsa-1024"),
+    "another's address": Fault("address", MALLORY, STRANGERS),
+    "another's in the subject": Fault("address", MALLORY, leaf(san=[], subject=[MALLORY]), [SIGN]),
+    "another's in UTF-8": Fault("address", UTF8, leaf(san=[], utf8=[UTF8]), [ENCRYPT]),
+    "address within another": Fault("address", f"x{STEVE}", leaf(san=[f"x{STEVE}", f"{STEVE}.example"]), [ENCRYPT]),
+    "for servers": Fault("usage", USAGE, SERVERS),
+    "never signs": Fault("usage", USAGE, lacking("digital_signature", "content_commitment"), [SIGN]),
+    "never encrypts": Fault("usage", USAGE, lacking("key_encipherment"), [ENCRYPT]),
+    "never agrees": Fault("usage", USAGE, lacking("key_agreement"), [ENCRYPT], "P-256"),
+    "RSA of 1024 bits": Fault("key_size", "1024", leaf(), BOTH, "rsa-1024"),
     "untrusted": Fault("chain", CHAIN, untrusted),
     "missing intermediate": Fault("chain", CHAIN, alone),
-    "certified by a leaf": Fault("chain", CHAIN, below_a_leaf),
+    "certified by a leaf": Fault("chain", CHAIN, below_a_leaf, [ENCRYPT]),
 }
 
 
@@ -107,13 +103,10 @@ class Desk(NamedTuple):
         """Run the program with every check, that of the chain included."""
         return self.run("-", "--ca_file", ROOT, *words, data=data, **variables)
 
-    def give(self, make: Make, kind: str = "rsa", suffix: str = "") -> Identity:
-        """Give Steve this certificate; with a suffix, in a PKCS#12 file alone."""
+    def give(self, make: Make, kind: str = "rsa") -> Identity:
+        """Give Steve this certificate."""
         identity = make(self.authority, self.authority.identity(STEVE, kind).key)
-        if suffix:
-            self.put(suffix, identity.pkcs12())
-        else:
-            identity.write(self.folder, private=True)
+        identity.write(self.folder, private=True)
         return identity
 
     def give_two(self, makes: Sequence[Make], flag: str) -> list[Identity]:
@@ -146,18 +139,10 @@ class Desk(NamedTuple):
         content, signature, signer = (self.folder / name for name in ("content", "signature", "signer"))
         for path, data in zip((content, signature), cut_signed(entity), strict=True):
             path.write_bytes(data)
-        words: list[str | Path] = [
-            "-binary",
-            "-inform",
-            "DER",
-            "-in",
-            signature,
-            "-content",
-            content,
-            "-signer",
-            signer,
-        ]
-        assert b"Hello Steve" in command("openssl", "cms", "-verify", "-noverify", *words)
+        assert b"Hello Steve" in command(
+            *("openssl", "cms", "-verify", "-noverify", "-binary", "-inform", "DER", "-in", signature),
+            *("-content", content, "-signer", signer),
+        )
         return x509.load_pem_x509_certificate(signer.read_bytes())
 
 
@@ -196,7 +181,7 @@ def passed(done: Any, *warnings: str) -> bytes:
 def test_a_fault_is_refused_unless_the_one_check_is_skipped_that_finds_it(flag: str, fault: Fault, desk: Desk) -> None:
     identity = desk.give(fault.make, fault.kind)
     others = ",".join(name for name in CHECKS if name != fault.check)
-    line = refused(desk.check(flag), STEVE, FILE, fault.words)
+    line = refused(desk.check(flag), FILE, fault.words)
     assert refused(desk.check(flag, "--skip_checks", others)) == line
     desk.opens(passed(desk.check(flag, "--skip_checks", fault.check), FILE), flag, identity)
 
@@ -217,11 +202,11 @@ def test_each_of_two_faults_must_be_skipped(flag: str, desk: Desk) -> None:
     refused(desk.check(flag, "--skip_checks", "usage"), day(-100))
     done = desk.check(flag, "--skip_checks", "usage,validity")
     desk.opens(passed(done, *[FILE] * done.stderr.count(b"\n")), flag, identity)
-    assert day(-100).encode() in done.stderr
+    assert re.search(rf"{day(-100)}(.|\n)*({USAGE})", done.stderr.decode())
 
 
 def test_the_faults_of_all_are_told_in_one_line(desk: Desk) -> None:
-    desk.give(FAULTS["for servers"].make)
+    desk.give(SERVERS)
     desk.authority.issue(BOB, desk.authority.identity(BOB).key, NOW - 300 * DAY, 200).write(desk.folder)
     (desk.folder / f"{CAROL}.crt").unlink()
     done = desk.check(SIGN, ENCRYPT, data=mail(To=f"{BOB}, {STEVET}", Cc=CAROL))
@@ -265,7 +250,7 @@ def test_the_key_of_another_certificate_is_never_used(suffix: str, desk: Desk) -
 
 # -------------------------------------------------------------------------------------------- what is no fault
 
-GOOD: dict[str, dict[str, Any]] = {  # how the certificate is made; also the address in From and To, and the kind of key
+GOOD: dict[str, dict[str, Any]] = {  # how the certificate is made, also the address in From and To, and the kind of key
     "SAN only": {},
     "subject only": {"san": [], "subject": [STEVE]},
     "UTF-8": {"address": "jürgen@thetucks.com", "utf8": ["jürgen@thetucks.com"]},
@@ -316,13 +301,12 @@ def test_an_intermediate_may_be_limited_to_mail(desk: Desk) -> None:
 OLD, NEW = leaf(begin=NOW - 100 * DAY), leaf(begin=NOW - 10 * DAY)
 SEVERAL: dict[str, tuple[list[Make], int]] = {  # the certificates in the file, and which of them is used
     "expired, current": ([EXPIRED, OLD], 1),
-    "current, expired": ([OLD, EXPIRED], 0),
     "older, newer": ([OLD, NEW], 1),
     "newer, older": ([NEW, OLD], 0),
     "newer, older that ends later": ([NEW, leaf(begin=NOW - 100 * DAY, days=900)], 0),
     "future, current": ([FUTURE, OLD], 1),
     "another's, own": ([STRANGERS, OLD], 1),
-    "for servers, for mail": ([leaf(purposes=[SERVER]), OLD], 1),
+    "for servers, for mail": ([SERVERS, OLD], 1),
     "untrusted, trusted": ([untrusted, OLD], 1),
 }
 
@@ -336,8 +320,8 @@ def test_the_usable_certificate_that_began_last_is_used(makes: list[Make], index
 
 @both_ways
 def test_where_none_is_usable_the_fault_of_each_is_told(flag: str, desk: Desk) -> None:
-    expired, server = desk.give_two([EXPIRED, leaf(purposes=[SERVER])], flag)
-    refused(desk.check(flag), STEVE, FILE, day(-100), USAGE)
+    expired, server = desk.give_two([EXPIRED, SERVERS], flag)
+    refused(desk.check(flag), FILE, day(-100), USAGE)
     desk.opens(passed(desk.check(flag, "--skip_checks", "validity"), FILE), flag, expired, server)
     desk.opens(passed(desk.check(flag, "--skip_checks", "usage"), FILE), flag, server, expired)
 
@@ -356,8 +340,7 @@ def test_a_certificate_is_in_pem_or_der(suffix: str, encode: Callable[..., bytes
     desk.opens(desk.openssl.decrypt(entity, identity), SIGN, identity)
 
 
-@pytest.mark.parametrize("password", ["", KEY_PASSWORD])
-@pytest.mark.parametrize("suffix", ["p12", "pfx"])
+@pytest.mark.parametrize(("suffix", "password"), [("p12", KEY_PASSWORD), ("pfx", "")])
 def test_pkcs12_is_key_certificate_and_chain(suffix: str, password: str, desk: Desk) -> None:
     identity = desk.authority.identity(STEVE)
     desk.put(suffix, identity.pkcs12(password))
@@ -367,8 +350,9 @@ def test_pkcs12_is_key_certificate_and_chain(suffix: str, password: str, desk: D
 
 @both_ways
 def test_pkcs12_is_checked_like_other_files(flag: str, desk: Desk) -> None:
-    identity = desk.give(EXPIRED, suffix="p12")
-    refused(desk.check(flag), STEVE, f"{STEVE}.p12", day(-100))
+    identity = desk.give(EXPIRED)
+    desk.put("p12", identity.pkcs12())
+    refused(desk.check(flag), f"{STEVE}.p12", day(-100))
     desk.opens(passed(desk.check(flag, "--skip_checks", "validity"), f"{STEVE}.p12"), flag, identity)
 
 
@@ -420,6 +404,6 @@ def test_archives_open_every_copy_but_get_none(desk: Desk, send: Send, open_mail
 @pytest.mark.parametrize("name", ["expired", "another's address", "never encrypts"])
 def test_the_certificate_of_an_archive_is_checked(name: str, desk: Desk) -> None:
     identity, words = desk.give(FAULTS[name].make), [ENCRYPT, "--archive", STEVE]
-    refused(desk.check(*words, data=mail()), STEVE, FILE, FAULTS[name].words)
+    refused(desk.check(*words, data=mail()), FILE, FAULTS[name].words)
     done = desk.check(*words, "--skip_checks", FAULTS[name].check, data=mail())
     desk.opens(passed(done, FILE), ENCRYPT, identity)
