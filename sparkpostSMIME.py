@@ -24,7 +24,7 @@ Followed here: RFC 8551 and 8550 (S/MIME 4.0), 5652 (CMS), 5322, 2045 to 2047 an
 Exit codes: 0, every recipient was accepted; 1, something was refused or is wrong; 2, the command line is wrong;
 75, a temporary failure: the same command may succeed later.
 
-Modules are imported where they are used: --help answers at once, and a run loads nothing but its own transport.
+Modules that only one way of sending needs are imported where it begins.
 """
 
 from __future__ import annotations
@@ -68,22 +68,60 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     print(HELP, end="")  # before anything else is loaded
     raise SystemExit
 
+import io
 import os
 import re
+import socket
+import ssl
+import unicodedata
+import warnings
+from argparse import ArgumentParser, HelpFormatter
+from base64 import b64encode
+from binascii import b2a_base64
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+from email.message import Message
+from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from functools import partial
+from ipaddress import ip_address
+from itertools import count
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import quote_from_bytes
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+    from cryptography.hazmat.primitives.ciphers import Cipher
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+    from cryptography.hazmat.primitives.ciphers.modes import CBC
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
+    from cryptography.hazmat.primitives.keywrap import aes_key_wrap
+    from cryptography.hazmat.primitives.padding import PKCS7
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+    from cryptography.hazmat.primitives.serialization.pkcs7 import (
+        PKCS7EnvelopeBuilder,
+        PKCS7Options,
+        PKCS7SignatureBuilder,
+    )
+    from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, PublicKeyAlgorithmOID
+    from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
+except ImportError as missing:
+    raise SystemExit(
+        f"sparkpostSMIME.py: the package {missing.name} is missing or too old - pip install -r requirements.txt"
+    ) from None
 
 if TYPE_CHECKING:
     import smtplib
-    import ssl
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from datetime import datetime
 
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.x509 import Certificate
-
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Extension = TypeVar("Extension")
 
 # ---------------------------------------------------------------------------------------------------- constants
@@ -192,9 +230,9 @@ class Envelope(NamedTuple):
 class Signer(NamedTuple):
     """A private key, the certificate that belongs to it, and the certificates above that one."""
 
-    key: RSAPrivateKey | EllipticCurvePrivateKey
-    certificate: Certificate
-    chain: Sequence[Certificate]
+    key: PrivateKey
+    certificate: x509.Certificate
+    chain: Sequence[x509.Certificate]
 
 
 class Receipt(NamedTuple):
@@ -209,9 +247,13 @@ class Receipt(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Read the command line, as HELP explains it; a wrong one ends the program with exit code 2."""
-    from argparse import ArgumentParser
-
-    parser = ArgumentParser(prog=PROGRAM, usage="%(prog)s [options] FILE.eml", allow_abbrev=False, add_help=False)
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        usage="%(prog)s [options] FILE.eml",
+        formatter_class=lambda prog: HelpFormatter(prog, width=100),  # to ask for the terminal's width takes modules
+        allow_abbrev=False,
+        add_help=False,
+    )
     add = parser.add_argument
     add("file", metavar="FILE.eml")
     for name in ("--sign", "--encrypt", "--opaque", "--protect_headers", "--send_smtp", "--send_api", "--date_now"):
@@ -247,7 +289,6 @@ def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mappin
     path = "my_envs.sh" if env_file is None else env_file
     if env_file is None and not os.path.lexists(path):
         return environ
-    import io
     import logging
 
     from dotenv import dotenv_values
@@ -316,8 +357,6 @@ def api_url(host: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether this host name or numeric address never leaves the machine."""
-    from ipaddress import ip_address
-
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -495,7 +534,6 @@ def wire_address(address: str) -> str:
     """
     if address.isascii():
         return address
-    import unicodedata
 
     local, at, domain = address.rpartition("@")
     labels = unicodedata.normalize("NFC", domain.lower()).split(".")
@@ -529,8 +567,6 @@ CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?
 
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
     """The fields that stay outside, in order and fit for transport, with those that every message must have."""
-    from email.utils import formatdate, make_msgid
-
     now = b"Date: " + formatdate(localtime=True).encode()
     rewritten = options.sign or options.encrypt
     dropped = DROPPED_FIELDS | ({"dkim-signature"} if rewritten else set())  # it signs the body as it was
@@ -601,8 +637,6 @@ def unquoted(word: bytes) -> bytes:
 
 def encoded_words(text: str) -> bytes:
     """Encoded words of at most 75 bytes, cut between characters (RFC 2047 sections 2 and 5)."""
-    from binascii import b2a_base64
-
     data = text.replace("\r\n", "").encode()
     chunks = re.findall(rb".{1,45}(?![\x80-\xbf])", data, re.DOTALL)
     return b"\r\n ".join(b"=?utf-8?B?" + b2a_base64(chunk, newline=False) + b"?=" for chunk in chunks)
@@ -627,7 +661,6 @@ def encode_parameter(match: re.Match[bytes]) -> bytes:
 
     No character set is named, for the message names none: readers go on guessing, as with the raw bytes.
     """
-    from urllib.parse import quote_from_bytes
 
     name, value = match.groups()
     if value.isascii():
@@ -707,8 +740,6 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
 
 def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
     """Type and boundary as the standard library reads them."""
-    from email.message import Message
-
     entity = Message()
     entity.set_default_type(default)
     for value in field_texts(fields, "content-type")[:1]:
@@ -777,8 +808,6 @@ def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str
 
 def decoded(body: bytes, encoding: str) -> bytes:
     """The body as the standard library decodes it; in an encoding that nobody knows it stays as it is."""
-    from email.message import Message
-
     part = Message()
     part["Content-Transfer-Encoding"] = encoding
     part.set_payload(body.decode("ascii", "surrogateescape"))
@@ -798,8 +827,6 @@ def quoted_printable(data: bytes) -> bytes:
 
 def base64_lines(data: bytes) -> bytes:
     """Base64 in lines of 76 characters (RFC 2045 section 6.8), made in pieces to spare memory."""
-    from binascii import b2a_base64
-
     piece = 57 * 1024  # 57 bytes make a line
     pieces = (data[start : start + piece] for start in range(0, len(data), piece))
     return CRLF.join(wrap(b2a_base64(piece, newline=False)) for piece in pieces)
@@ -812,7 +839,8 @@ def wrap(text: bytes) -> bytes:
 # --------------------------------------------------------------------------------- message: header protection
 
 
-CHARSET = rb"(?si);\s*charset\s*=\s*(?:%b|[^\s;]*)" % BYTES_QUOTED
+COMMENT_OR_BODY = r"""(?is)<!--.*?-->|<body\b(?:"[^"]*"|'[^']*'|[^'">])*>"""
+MAIN_TEXT_TYPES = ("multipart/alternative", "multipart/mixed", "multipart/related")
 
 
 def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tuple[bytes, list[bytes]]:
@@ -823,13 +851,14 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     """
     fields, _, body = split_entity(entity)
     header = [field for field in header if field_name(field) != "hp-outer"]  # only those made here may be believed
-    subject = field_texts(header, "subject")
-    outer = header
+    outer, line = header, ""
     if hide:
         outer = [b"Subject: [...]" if field_name(field) == "subject" else field for field in header]
         outer = [field for field in outer if field_name(field) not in ("comments", "keywords")]
-    if hide and subject and subject[0]:
-        fields, body = with_legacy_display(fields, body, f"Subject: {readable(subject[0])}", depth=0)
+        hidden = [text for text in field_texts(header, "subject") if text not in ("", "[...]")]
+        line = f"Subject: {readable(hidden[0])}" if hidden else ""
+    if line or b"hp-legacy-display" in entity.lower():
+        fields, body = with_legacy_display(fields, body, line, depth=0)
     inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
     if hide:
         inner += [fit_field(b"HP-Outer: " + tidy(field)) for field in outer if field_name(field) != "mime-version"]
@@ -838,16 +867,13 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
 
 
 def tidy(field: bytes) -> bytes:
-    """A field without blanks at line ends and before the colon, which no clear signature can hold."""
+    """A field as `Name: value` (RFC 9788 section 2.2), without blanks at line ends, which no clear signature holds."""
     name, _, value = re.sub(rb"[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
-    return name.rstrip() + b":" + value
+    return (name.rstrip() + b": " + value.lstrip()).rstrip()
 
 
 def readable(value: str) -> str:
     """A field's value in one line, encoded words (RFC 2047) decoded as far as they can be."""
-    from email.errors import HeaderParseError
-    from email.header import decode_header, make_header
-
     try:
         value = str(make_header(decode_header(value)))
     except (HeaderParseError, LookupError, ValueError):
@@ -856,10 +882,11 @@ def readable(value: str) -> str:
 
 
 def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[bytes]:
-    """The fields, with this parameter in Content-Type, once, whatever the message's author has put there."""
+    """The fields, with this parameter in Content-Type, whatever the author has put there; without it for no value."""
     old = rb"(?si)(%b)|;\s*%b(?:\*\d*\*?)?\s*=\s*(?:%b|[^\s;]*)" % (BYTES_QUOTED, name, BYTES_QUOTED)
+    parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
     return [
-        re.sub(old, lambda match: match[1] or b"", field).rstrip(b"; \t\r\n") + b';\r\n\t%b="%b"' % (name, value)
+        re.sub(old, lambda match: match[1] or b"", field).rstrip(b"; \t\r\n") + parameter
         if field_name(field) == "content-type"
         else field
         for field in fields
@@ -867,56 +894,56 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
 
 
 def with_legacy_display(fields: list[bytes], body: bytes, line: str, *, depth: int) -> tuple[list[bytes], bytes]:
-    """Header fields and body of an entity, with a line of header shown in each part that is its main text."""
-    from itertools import count
+    """Header fields and body of an entity, with this line shown in each part that is its main text.
 
+    No part goes on claiming that it shows a line where it does not, for readers would cut its first one off.
+    """
     kind, boundary = media_type(fields, "text/plain")
     places = count()
 
     def display(part: bytes) -> bytes:
-        if next(places) and kind != "multipart/alternative":
+        main = not next(places) or kind == "multipart/alternative"
+        if not main and b"hp-legacy-display" not in part.lower():
             return part
         inner, blank, text = split_entity(part)
-        inner, text = with_legacy_display(inner, text, line, depth=depth + 1)
+        inner, text = with_legacy_display(inner, text, line if main else "", depth=depth + 1)
         return b"".join(field + CRLF for field in inner) + (blank or CRLF) + text
 
     if any(text.lower().startswith("attachment") for text in field_texts(fields, "content-disposition")):
-        return fields, body
+        line = ""
     if kind in ("text/plain", "text/html"):
         return with_line(fields, body, line, html=kind == "text/html")
-    if (
-        boundary
-        and kind in ("multipart/alternative", "multipart/mixed", "multipart/related")
-        and depth < DEEPEST_NESTING
-    ):
+    if boundary and depth < DEEPEST_NESTING and kind in MAIN_TEXT_TYPES:
         return fields, fit_parts(body, boundary, display, clear=False) or body
     return fields, body
 
 
 def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
     """Header fields and body of a text part, with this line on top; as they were where no reader can show the text."""
-    from email.message import Message
     from html import escape
 
+    fields = with_parameter(fields, b"hp-legacy-display", b"")
     part = Message()
     part["Content-Type"] = (field_texts(fields, "content-type") or ["text/plain"])[0]
-    charset, encoding = part.get_content_charset("us-ascii"), transfer_encoding(fields)
+    encoding = transfer_encoding(fields)
     try:
+        charset = part.get_content_charset("us-ascii")
         text = decoded(body, encoding).decode(charset)
-        start = re.search(r"(?i)<body\b[^>]*>", text) if html else None
-        place = start.end() if start else 0
-        shown = (
-            f'<div class="header-protection-legacy-display"><pre>{escape(line)}</pre></div>' if html else f"{line}\r\n"
-        )
-        text = f"{text[:place]}{shown}\r\n{text[place:]}"
+    except (LookupError, ValueError, TypeError):
+        return fields, body
+    if not line:
+        return fields, body
+    if not field_texts(fields, "content-type"):
+        fields = [b"Content-Type: text/plain", *fields]
+    tags = [tag for tag in re.finditer(COMMENT_OR_BODY, text) if not tag[0].startswith("<!--")] if html else []
+    place = tags[0].end() if tags else 0
+    shown = f'<div class="header-protection-legacy-display"><pre>{escape(line)}</pre></div>' if html else f"{line}\r\n"
+    text = f"{text[:place]}{shown}\r\n{text[place:]}"
+    try:
         content = text.encode(charset, "xmlcharrefreplace" if html else "strict")
     except UnicodeEncodeError:
         content = text.encode()
-        fields = [
-            re.sub(CHARSET, b"", f) + b"; charset=utf-8" if field_name(f) == "content-type" else f for f in fields
-        ]
-    except (LookupError, ValueError):
-        return fields, body
+        fields = with_parameter(fields, b"charset", b"utf-8")
     if encoding == "base64" or b"\0" in content:
         encoding, body = "base64", base64_lines(content)
     else:
@@ -932,15 +959,14 @@ class Keyring:
 
     def __init__(self, options: Options, settings: Settings) -> None:
         """Raises Error where the CA certificates cannot be read."""
-        from datetime import datetime, timezone
 
         self.folder, self.password, self.skipped = options.keys, settings.key_password, options.skip_checks
         self.roots = read_keys(settings.ca_file)[1] if settings.ca_file else []
         self.now = datetime.now(timezone.utc)
         self.signers: dict[str, Signer] = {}
-        self.certificates: dict[str, Certificate] = {}
+        self.certificates: dict[str, x509.Certificate] = {}
 
-    def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, Certificate]]:
+    def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, x509.Certificate]]:
         """The signer, where one is named, and everybody's certificate. Raises one Error that names all at fault."""
         problems = []
         wanted: list[tuple[dict[str, Any], Callable[[str], object], str]]
@@ -971,7 +997,7 @@ class Keyring:
         chain = [certificate for certificate in certificates if certificate not in own]
         return Signer(key, self.choose(own, chain, address, path, "sign"), chain)
 
-    def load_recipient(self, address: str) -> Certificate:
+    def load_recipient(self, address: str) -> x509.Certificate:
         """The certificate of an address: one that is not in its file as an issuer. Raises Error."""
         cure = f"a signed message from {address} holds it: see Key files in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
@@ -983,8 +1009,8 @@ class Keyring:
         return self.choose(own, chain, address, path, "encrypt")
 
     def choose(
-        self, own: Sequence[Certificate], chain: Sequence[Certificate], address: str, path: str, purpose: str
-    ) -> Certificate:
+        self, own: Sequence[x509.Certificate], chain: Sequence[x509.Certificate], address: str, path: str, purpose: str
+    ) -> x509.Certificate:
         """Of the certificates of an address the usable one that began last. Raises Error, which tells each one's fault.
 
         Warns of the faults in skipped checks, and of what needs care soon.
@@ -1011,25 +1037,21 @@ class Keyring:
         return chosen
 
     def faults(
-        self, certificate: Certificate, chain: Sequence[Certificate], address: str, purpose: str
+        self, certificate: x509.Certificate, chain: Sequence[x509.Certificate], address: str, purpose: str
     ) -> Iterator[tuple[str, str, str]]:
         """Each check that a certificate fails, what is wrong, and the cure (RFC 8550 sections 3 and 4.4)."""
-        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-        from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-        from cryptography.x509 import ExtendedKeyUsage, KeyUsage
-        from cryptography.x509.oid import PublicKeyAlgorithmOID
 
         begin, end, key = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.public_key()
         if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
             yield "kind", "holds a key for RSASSA-PSS only", "get one with a plain RSA key"
-        elif not is_rsa(certificate) and not (isinstance(key, EllipticCurvePublicKey) and key.curve.name in CURVES):
+        elif not is_rsa(certificate) and not (isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in CURVES):
             yield "kind", "holds a key that is neither RSA nor on P-256, P-384 or P-521", "get one that is"
         if not begin <= self.now <= end:
             yield "validity", f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}", "get a current one"
         named = email_addresses(certificate)
         if named and same_address(address) not in map(same_address, named):
             yield "address", f"belongs to {', '.join(named)}", f"get the one for {address}"
-        usage, extended = extension(certificate, KeyUsage), extension(certificate, ExtendedKeyUsage)
+        usage, extended = extension(certificate, x509.KeyUsage), extension(certificate, x509.ExtendedKeyUsage)
         if usage and purpose == "sign" and not (usage.digital_signature or usage.content_commitment):
             yield "usage", "is not for signatures (its key usage)", "get one for S/MIME"
         if (
@@ -1040,7 +1062,7 @@ class Keyring:
             yield "usage", "is not for encryption (its key usage)", "get one for S/MIME"
         if extended and not serves_mail(extended):
             yield "usage", "is not for e-mail (its extended key usage)", "get one for S/MIME"
-        if isinstance(key, RSAPublicKey) and key.key_size < SMALLEST_RSA_KEY:
+        if isinstance(key, rsa.RSAPublicKey) and key.key_size < SMALLEST_RSA_KEY:
             yield "key_size", f"holds an RSA key of {key.key_size} bits", f"get one of {SMALLEST_RSA_KEY} or more"
         if self.roots and not vouched_for(certificate, chain, self.roots, min(max(self.now, begin), end)):
             yield "chain", "is not issued by a CA in the CA file", "add the issuer's certificate to its own file"
@@ -1060,18 +1082,12 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
 
 def read_keys(
     path: str, password: str = "", *, private: bool = False
-) -> tuple[RSAPrivateKey | EllipticCurvePrivateKey | None, list[Certificate]]:
+) -> tuple[PrivateKey | None, list[x509.Certificate]]:
     """The private key in a file, where one that can sign is looked for, and its certificates, each once.
 
     Reads PKCS #12, PEM with whatever text around it, and a certificate in DER. Raises Error, which tells nothing of
     what the file holds.
     """
-    import warnings
-
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    from cryptography.x509 import InvalidVersion, load_der_x509_certificate, load_pem_x509_certificates
 
     bag = private and path.endswith(KEY_SUFFIXES[1:])
     data = read_file(path, secret=private)
@@ -1081,20 +1097,18 @@ def read_keys(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
             if bag:
-                from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
-
                 content = load_pkcs12(data, password.encode() or None)
                 key = content.key
                 certificates = [each.certificate for each in (content.cert, *content.additional_certs) if each]
             elif private:
                 key = load_pem_private_key(data, password.encode() if locked and password else None)
             if not bag and b"-----BEGIN CERTIFICATE" in data:
-                certificates = load_pem_x509_certificates(data)
+                certificates = x509.load_pem_x509_certificates(data)
             elif not private:
-                certificates = [load_der_x509_certificate(data)]
+                certificates = [x509.load_der_x509_certificate(data)]
             for certificate in certificates:  # parsed when first asked for
                 certificate.public_key(), certificate.subject, certificate.extensions
-    except (ValueError, TypeError, InvalidVersion, UnsupportedAlgorithm):
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm):
         cure = "it must hold one in PEM form" if private else "it must hold some in PEM form, or one in DER"
         if locked and private:
             cure = "is SMIME_KEY_PASSWORD right?" if password else "it has a passphrase: set SMIME_KEY_PASSWORD"
@@ -1104,7 +1118,7 @@ def read_keys(
     return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
 
 
-def identifiers(certificate: Certificate) -> tuple[bytes, bytes, bytes]:
+def identifiers(certificate: x509.Certificate) -> tuple[bytes, bytes, bytes]:
     """Serial number, issuer and subject in DER: the bytes that the certificate has, however odd they are."""
     elements = children(certificate.tbs_certificate_bytes)
     serial, _, issuer, _, subject = (
@@ -1125,42 +1139,35 @@ def children(der: bytes) -> list[bytes]:
     return found
 
 
-def extension(certificate: Certificate, kind: type[Extension]) -> Extension | None:
+def extension(certificate: x509.Certificate, kind: type[Extension]) -> Extension | None:
     return next((each.value for each in certificate.extensions if isinstance(each.value, kind)), None)
 
 
-def is_rsa(certificate: Certificate) -> bool:
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+def is_rsa(certificate: x509.Certificate) -> bool:
 
-    return isinstance(certificate.public_key(), RSAPublicKey)
+    return isinstance(certificate.public_key(), rsa.RSAPublicKey)
 
 
-def is_authority(certificate: Certificate) -> bool:
-    from cryptography.x509 import BasicConstraints
+def is_authority(certificate: x509.Certificate) -> bool:
 
-    constraints = extension(certificate, BasicConstraints)
+    constraints = extension(certificate, x509.BasicConstraints)
     return bool(constraints and constraints.ca)
 
 
 def serves_mail(usage: Iterable[object]) -> bool:
     """Whether an extended key usage is good for S/MIME (RFC 8550 section 4.4.4)."""
-    from cryptography.x509.oid import ExtendedKeyUsageOID
-
     return any(
         each in (ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE) for each in usage
     )
 
 
-def email_addresses(certificate: Certificate) -> list[str]:
+def email_addresses(certificate: x509.Certificate) -> list[str]:
     """The addresses in a certificate's alternative names and subject (RFC 8550 section 3, RFC 9598)."""
-    from cryptography.x509 import OtherName, RFC822Name, SubjectAlternativeName
-    from cryptography.x509.oid import NameOID
-
     found = []
-    for name in extension(certificate, SubjectAlternativeName) or ():
-        if isinstance(name, RFC822Name):
+    for name in extension(certificate, x509.SubjectAlternativeName) or ():
+        if isinstance(name, x509.RFC822Name):
             found.append(name.value)
-        elif isinstance(name, OtherName) and name.type_id.dotted_string == SMTP_UTF8_MAILBOX:
+        elif isinstance(name, x509.OtherName) and name.type_id.dotted_string == SMTP_UTF8_MAILBOX:
             found.append(name.value[2 + max(0, name.value[1] - 0x80) :].decode(errors="replace"))  # a DER UTF8String
     return found + [str(each.value) for each in certificate.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)]
 
@@ -1171,18 +1178,18 @@ def same_address(address: str) -> str:
 
 
 def vouched_for(
-    certificate: Certificate, chain: Sequence[Certificate], roots: list[Certificate], moment: datetime
+    certificate: x509.Certificate, chain: Sequence[x509.Certificate], roots: list[x509.Certificate], moment: datetime
 ) -> bool:
     """Whether one of the roots stands at the end of a certificate's chain at this moment (RFC 5280 section 6)."""
-    from cryptography.x509 import ExtendedKeyUsage
-    from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
-    def check_usage(_: object, __: object, usage: ExtendedKeyUsage | None) -> None:
+    def check_usage(_: object, __: object, usage: x509.ExtendedKeyUsage | None) -> None:
         if usage and not serves_mail(usage):
             raise ValueError("not for e-mail")
 
     leaf = ExtensionPolicy.permit_all()  # its extensions are checks of their own
-    issuer = ExtensionPolicy.webpki_defaults_ca().may_be_present(ExtendedKeyUsage, Criticality.AGNOSTIC, check_usage)
+    issuer = ExtensionPolicy.webpki_defaults_ca().may_be_present(
+        x509.ExtendedKeyUsage, Criticality.AGNOSTIC, check_usage
+    )
     builder = PolicyBuilder().store(Store(roots)).time(moment)
     try:
         builder.extension_policies(ca_policy=issuer, ee_policy=leaf).build_client_verifier().verify(
@@ -1201,15 +1208,12 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
 
     With `pss`, an RSA key signs by RSASSA-PSS with a salt as long as the digest (RFC 4056).
     """
-    from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding
-    from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7Options, PKCS7SignatureBuilder
 
-    padding = PSS(MGF1(SHA256()), PSS.DIGEST_LENGTH) if pss and isinstance(signer.key, RSAPrivateKey) else None
+    scheme = padding.PSS(padding.MGF1(SHA256()), padding.PSS.DIGEST_LENGTH) if pss else None
+    if not isinstance(signer.key, rsa.RSAPrivateKey):
+        scheme = None
     builder = PKCS7SignatureBuilder().set_data(entity)
-    builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=padding)
+    builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=scheme)
     for certificate in signer.chain:  # last, for the calls before it drop what was added
         builder = builder.add_certificate(certificate)
     if opaque:
@@ -1231,12 +1235,8 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
     return b"".join(parts)
 
 
-def encrypt(entity: bytes, certificates: Iterable[Certificate], *, gcm: bool, oaep: bool) -> bytes:
+def encrypt(entity: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool) -> bytes:
     """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error."""
-    from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-    from cryptography.hazmat.primitives.serialization import Encoding
-    from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7EnvelopeBuilder, PKCS7Options
-
     recipients = list(dict.fromkeys(certificates))
     try:
         if gcm or oaep or not all(map(is_rsa, recipients)):
@@ -1264,14 +1264,8 @@ def cms_entity(kind: str, der: bytes) -> bytes:
 # ------------------------------------------------------------- CMS in DER, where the PKCS7 builders cannot make it
 
 
-def envelope(content: bytes, certificates: Iterable[Certificate], *, gcm: bool, oaep: bool) -> bytes:
+def envelope(content: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool) -> bytes:
     """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
-    from cryptography.hazmat.primitives.ciphers import Cipher
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-    from cryptography.hazmat.primitives.ciphers.modes import CBC
-    from cryptography.hazmat.primitives.padding import PKCS7
-
     key, nonce = os.urandom(32), os.urandom(12 if gcm else 16)
     if gcm:
         sealed = AESGCM(key).encrypt(nonce, content, None)
@@ -1294,14 +1288,8 @@ def envelope(content: bytes, certificates: Iterable[Certificate], *, gcm: bool, 
     return sequence(oid(kind), element(0xA0, sequence(*body, tag)))
 
 
-def recipient_info(certificate: Certificate, key: bytes, *, oaep: bool) -> bytes:
+def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> bytes:
     """The key of the content, for the owner of a certificate: by RSA (RFC 3370, RFC 3560) or by ECDH (RFC 5753)."""
-    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
-    from cryptography.hazmat.primitives.keywrap import aes_key_wrap
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
     public = certificate.public_key()
     if isinstance(public, rsa.RSAPublicKey):
         sha256 = sequence(oid("2.16.840.1.101.3.4.2.1"))
@@ -1328,7 +1316,7 @@ def recipient_info(certificate: Certificate, key: bytes, *, oaep: bool) -> bytes
     )
 
 
-def named(certificate: Certificate) -> bytes:
+def named(certificate: x509.Certificate) -> bytes:
     """IssuerAndSerialNumber (RFC 5652 section 10.2.4)."""
     serial, issuer, _ = identifiers(certificate)
     return sequence(issuer, serial)
@@ -1444,7 +1432,6 @@ def open_session(settings: Settings) -> tuple[smtplib.SMTP, str]:
 
     A password crosses no network without verified TLS (RFC 8314 section 3).
     """
-    from ssl import SSLCertVerificationError
 
     session = greet(settings)
     if settings.smtp_tls == "off" or not session.has_extn("starttls"):
@@ -1460,7 +1447,7 @@ def open_session(settings: Settings) -> tuple[smtplib.SMTP, str]:
         session.starttls(context=tls_context(settings.smtp_ca_file))
         session.ehlo_or_helo_if_needed()
         return session, "STARTTLS"
-    except SSLCertVerificationError as error:
+    except ssl.SSLCertVerificationError as error:
         failure = f"{settings.smtp_host}: its certificate cannot be verified: {error.verify_message}"
     session.close()  # a failed handshake ends the connection
     session = greet(settings)
@@ -1478,7 +1465,6 @@ def exposes_password(session: smtplib.SMTP, settings: Settings) -> bool:
 
 
 def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
-    import ssl
 
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
@@ -1493,7 +1479,6 @@ def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
 def greet(settings: Settings) -> smtplib.SMTP:
     """Connect and say EHLO, with a session that knows whether a message was handed over."""
     import smtplib
-    import socket
 
     class Session(smtplib.SMTP):
         handed_over = False
@@ -1547,8 +1532,6 @@ def answer_error(answer: str, settings: Settings, *, temporary: bool) -> Error:
 
 def without_secrets(answer: str, settings: Settings) -> str:
     """Hide what a server might repeat of the login."""
-    from base64 import b64encode
-
     login = f"\0{settings.smtp_user}\0{settings.smtp_password}" if settings.smtp_password else ""
     plain = [secret for secret in (login, settings.smtp_password, settings.api_key) if secret]
     secrets = [b64encode(secret.encode()).decode() for secret in plain] + plain
@@ -1603,7 +1586,6 @@ class Api:
     def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and reply of the API, empty where it was cut short. Raises Error."""
         from http.client import HTTPException, InvalidURL
-        from ssl import SSLCertVerificationError
         from urllib.error import HTTPError, URLError
         from urllib.request import Request
 
@@ -1615,7 +1597,7 @@ class Api:
         except HTTPError as error:
             response = error
         except URLError as error:
-            if isinstance(error.reason, SSLCertVerificationError):
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
                 raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
@@ -1735,7 +1717,7 @@ def served_recipients(envelope: Envelope, options: Options) -> tuple[str, ...]:
     return envelope.recipients
 
 
-def plan_copies(envelope: Envelope, certificates: Mapping[str, Certificate], options: Options) -> list[Envelope]:
+def plan_copies(envelope: Envelope, certificates: Mapping[str, x509.Certificate], options: Options) -> list[Envelope]:
     """One message for all; but encrypted and sent, one for RSA and one for elliptic curve keys, and one for each Bcc.
 
     The others' copy would give away a Bcc recipient, and older NSS opens nothing that has an elliptic curve key in it.
@@ -1754,9 +1736,6 @@ def plan_copies(envelope: Envelope, certificates: Mapping[str, Certificate], opt
 
 def warn_of_date(header: Iterable[bytes]) -> None:
     """Thunderbird calls a signature invalid that was made more than an hour from the message's Date."""
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
     text = field_texts(header, "date")[0]
     try:
         date = parsedate_to_datetime(text)
@@ -1777,8 +1756,6 @@ def send(
     report: Iterable[str],
 ) -> int:
     """Deliver the copies of a message and report. Returns the exit code; raises Error where no transport opens."""
-    from time import perf_counter
-
     started = perf_counter()
     transport = open_transport(options, settings, line_end)
     for line in [*transport.banner, *report] if transport.banner else []:
