@@ -32,11 +32,11 @@ from __future__ import annotations
 import sys
 
 HELP = """\
-usage: sparkpostSMIME.py [options] FILE.eml
+usage: sparkpostSMIME.py [options] FILE.eml [FILE.eml ...]
 
 Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by SMTP or the SparkPost API.
 
-  FILE.eml               The message to send; - reads it from standard input.
+  FILE.eml               The message to send; - reads it from standard input, and a folder stands for its *.eml files.
   --sign                 Sign with the private key in ADDRESS.pem (or .p12, .pfx), where ADDRESS is the one in From;
                          SMIME_KEY_PASSWORD is its passphrase.
   --encrypt              Encrypt for every recipient, with the certificate in the ADDRESS.crt (or .cer) of each.
@@ -57,7 +57,13 @@ Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by S
                          between: validity, address, usage, key_size, chain.
   --env_file FILE        Read variables from this file, not from my_envs.sh in the current folder.
   --return_path ADDRESS  Have bounces sent to this address; <> asks for none.
+  --recipient ADDRESS    Send to this address, not to those in the header; this can be given several times.
   --date_now             Replace the Date field by the present time.
+  --jobs N               Send over this many connections at once, each with a process of its own.
+  --sent DIR             Move each file to this folder once every recipient has its message, and let no other run
+                         send it meanwhile: what is left is what the next run sends.
+  --report FILE          Append a line of JSON for each message to this file.
+  --quiet                Print errors only, and the last line where something failed.
   --version              Print the version.
   -h, --help             Print this help.
 
@@ -79,17 +85,19 @@ from argparse import ArgumentParser, HelpFormatter
 from base64 import b64encode
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.message import Message
 from email.utils import formatdate, make_msgid, parsedate_to_datetime
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 from itertools import count
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from select import select
+from stat import S_ISREG
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote_from_bytes
 
 try:
@@ -118,9 +126,6 @@ except ImportError as missing:
         f"sparkpostSMIME.py: the package {missing.name} is missing or too old - pip install -r requirements.txt"
     ) from None
 
-if TYPE_CHECKING:
-    import smtplib
-
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Extension = TypeVar("Extension")
 
@@ -132,6 +137,11 @@ EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY = 0, 1, 75  # 75 is EX_TEMPFAIL: a mail ser
 TIMEOUT = 60  # seconds, for each step of a dialogue on the network
 LONGEST_LINE = 998  # bytes before CRLF, RFC 5322 section 2.1.1
 LARGEST_CONTENT = 20_000_000  # bytes, that the API takes
+MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
+CONNECTION_LIFE = 15 * 60  # seconds, of the API
+COMMANDS_AT_ONCE = 100  # with PIPELINING; more could fill both sides' buffers, RFC 2920 section 3.1
+TOO_MANY_RECIPIENTS = 452
+ENOUGH_FAILURES = 3  # messages in a row for which the server is out of reach
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
@@ -170,8 +180,16 @@ class TemporaryError(Error):
     exit_code = EXIT_TEMPORARY
 
 
-class Unreachable(TemporaryError):
-    """The server cannot be reached or is gone; it is useless to try the next message."""
+class Lost(TemporaryError):
+    """The connection is gone, and the message under way may have been sent."""
+
+
+class Unreachable(Lost):
+    """The server is out of reach, or ended the connection before a message was handed over."""
+
+
+class Elsewhere(Exception):
+    """Another run has this message file, or has moved it."""
 
 
 # -------------------------------------------------------------------------------------------------------- types
@@ -180,7 +198,7 @@ class Unreachable(TemporaryError):
 class Options(NamedTuple):
     """The command line."""
 
-    file: str
+    files: list[str]
     sign: bool
     encrypt: bool
     opaque: bool
@@ -195,7 +213,16 @@ class Options(NamedTuple):
     skip_checks: list[str]
     env_file: str | None
     return_path: str | None
+    recipient: list[str]
     date_now: bool
+    jobs: int
+    quiet: bool
+    report: str | None
+    sent: str | None
+
+    @property
+    def sends(self) -> bool:
+        return self.send_smtp or self.send_api
 
 
 class Settings(NamedTuple):
@@ -236,10 +263,39 @@ class Signer(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What became of one message: how many recipients were accepted, and the answers about those who were not."""
+    """What became of one copy of a message: who has it, why others have not, and the lines that tell it.
 
-    accepted: int
-    answers: list[str]
+    `unknown` recipients have it too, but the API does not say which of the refused they are. `temporary` tells that
+    every refusal may be gone later, `lost` that the server is gone.
+    """
+
+    accepted: tuple[str, ...]
+    refused: Mapping[str, str]
+    lines: Sequence[str] = ()
+    temporary: bool = False
+    lost: bool = False
+    unknown: int = 0
+    identifier: str = ""
+
+
+class Prepared(NamedTuple):
+    """A message made ready: its copies, with the envelope of each, and what a report says of it."""
+
+    copies: list[tuple[bytes, Envelope]]
+    sender: str
+    identifier: str
+    people: list[str]
+
+
+class Outcome(NamedTuple):
+    """What became of a message file: exit code, None where another run has it, and what to print and to report."""
+
+    file: str
+    code: int | None
+    record: Mapping[str, object]
+    remarks: Sequence[str] = ()
+    lines: Sequence[str] = ()
+    errors: Sequence[str] = ()
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -249,23 +305,25 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Read the command line, as HELP explains it; a wrong one ends the program with exit code 2."""
     parser = ArgumentParser(
         prog=PROGRAM,
-        usage="%(prog)s [options] FILE.eml",
+        usage="%(prog)s [options] FILE.eml [FILE.eml ...]",
         formatter_class=lambda prog: HelpFormatter(prog, width=100),  # to ask for the terminal's width takes modules
         allow_abbrev=False,
         add_help=False,
     )
     add = parser.add_argument
-    add("file", metavar="FILE.eml")
-    for name in ("--sign", "--encrypt", "--opaque", "--protect_headers", "--send_smtp", "--send_api", "--date_now"):
-        add(name, action="store_true")
+    add("files", metavar="FILE.eml", nargs="+")
+    for name in ("sign", "encrypt", "opaque", "protect_headers", "send_smtp", "send_api", "date_now", "quiet"):
+        add(f"--{name}", action="store_true")
+    add("--jobs", type=int, default=1)
+    add("--recipient", action="append", default=[])
+    for name in ("env_file", "return_path", "report", "sent"):
+        add(f"--{name}")
     add("--archive", action="append", default=[])
     add("--cipher", choices=("aes256-cbc", "aes256-gcm"), default="aes256-cbc")
     add("--rsa_padding", choices=("pkcs1v15", "pss_oaep"), default="pkcs1v15")
     add("--keys", default=".")
     add("--ca_file", default="")
     add("--skip_checks", action="extend", type=lambda text: text.split(","), default=[])
-    add("--env_file")
-    add("--return_path")
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = Options(**vars(parser.parse_args(argv)))
     if options.send_smtp and options.send_api:
@@ -276,6 +334,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         parser.error("--protect_headers needs a signature or encryption: add --sign or --encrypt")
     if options.archive and not options.encrypt:
         parser.error("--archive is about encrypted messages: add --encrypt")
+    if options.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    if options.sent and (not options.sends or "-" in options.files):
+        parser.error("--sent moves files that are sent: add --send_smtp or --send_api, and name no -")
+    if "-" in options.files and len(options.files) > 1:
+        parser.error("standard input, -, is one message: name no files beside it")
     if unknown := set(options.skip_checks) - set(CHECKS):
         parser.error(f"--skip_checks knows {', '.join(CHECKS)}, not {', '.join(sorted(unknown))}")
     return options
@@ -378,7 +442,11 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
             if secret and status.st_mode & 0o077:
                 mode = "0700" if owned else "0600"
                 raise Error(f"{path}: other users can read or change this file", f"chmod {mode} {quote(path)}")
-            return file.read()
+            content = file.read()
+            now = os.fstat(file.fileno())
+            if S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+                raise TemporaryError(f"{path}: this file is being written", "let it be complete before it is sent")
+            return content
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
 
@@ -439,8 +507,8 @@ def field_texts(fields: Iterable[bytes], name: str) -> list[str]:
     return [to_text(field.partition(b":")[2].replace(CRLF, b"")).strip() for field in found]
 
 
-def read_envelope(fields: Sequence[bytes], return_path: str | None) -> Envelope:
-    """Who the message comes from, and every address of To, Cc and Bcc, each once.
+def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Sequence[str] = ()) -> Envelope:
+    """Who the message comes from, and every address of To, Cc and Bcc, each once; or of the recipients `named` instead.
 
     Resent- fields tell of an earlier journey (RFC 5322 section 3.6.6), so they name no recipients. Raises Error.
     """
@@ -449,6 +517,11 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None) -> Envelope:
         sender = "" if return_path in ("", "<>") else parse_mailbox(return_path, "--return_path")
     shown = unique(addresses(fields, "to", "cc"))
     everyone = unique([*shown, *addresses(fields, "bcc")])
+    if named:
+        visible = {same_address(address) for address in shown}
+        everyone = unique(parse_mailbox(address, "--recipient") for address in named)
+        shown = tuple(address for address in everyone if same_address(address) in visible)
+        return Envelope(sender, shown, tuple(address for address in everyone if address not in shown))
     if not everyone:
         raise Error("the message has no recipient", "name one in a To, Cc or Bcc field")
     return Envelope(sender, shown, everyone[len(shown) :])
@@ -965,6 +1038,7 @@ class Keyring:
         self.now = datetime.now(timezone.utc)
         self.signers: dict[str, Signer] = {}
         self.certificates: dict[str, x509.Certificate] = {}
+        self.remarks: list[str] = []  # to warn of
 
     def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, x509.Certificate]]:
         """The signer, where one is named, and everybody's certificate. Raises one Error that names all at fault."""
@@ -1033,7 +1107,7 @@ class Keyring:
         if 0 <= (chosen.not_valid_after_utc - self.now).days < 30:
             remarks.append(f"ends on {chosen.not_valid_after_utc:%Y-%m-%d}")
         for remark in remarks:
-            warn(f"{address}: {path}: this certificate {remark}")
+            self.remarks.append(f"{address}: {path}: this certificate {remark}")
         return chosen
 
     def faults(
@@ -1350,35 +1424,46 @@ def oid(dotted: str) -> bytes:
 
 
 class Stdout:
-    """Prints messages, with the line ends of the file they came from."""
+    """Prints messages."""
 
-    def __init__(self, line_end: bytes) -> None:
-        self.line_end = line_end
-        self.banner: list[str] = []
+    attempts = 0
+
+    def open(self) -> list[str]:
+        return []
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
+        """Raises Error."""
         try:
             with open(1, "wb", closefd=False) as stdout:
-                stdout.write(message if self.line_end == CRLF else message.replace(CRLF, self.line_end))
+                stdout.write(message)
         except OSError as error:
             raise Error(f"standard output: {error.strerror}") from None
-        return Receipt(len(envelope.recipients), [])
+        return Receipt(envelope.recipients, {})
 
     def close(self) -> None:
         pass
 
 
 class Smtp:
-    """Sends messages to an SMTP server over one connection; what the server answers is told as smtplib prints it."""
+    """Sends messages to an SMTP server, many over one connection; its answers are told as smtplib prints them."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connect, and log in where there is a password. Raises Error."""
         self.settings = settings
+        self.session: Any = None
+        self.used = self.attempts = 0  # transactions, over this connection and over all
+
+    def open(self) -> list[str]:
+        """Connect where need be, and log in where there is a password. Returns what to report of it. Raises Error."""
+        settings = self.settings
+        if self.session and self.used < MESSAGES_PER_CONNECTION:
+            return []
+        self.close()
         with smtp_errors(settings):
-            self.session, security = open_session(settings)
+            session, security = open_session(settings)
             if settings.smtp_user and settings.smtp_password:
-                self.session.login(settings.smtp_user, settings.smtp_password)
-        self.banner = [
+                session.login(settings.smtp_user, settings.smtp_password)
+        self.session, self.used = session, 0
+        return [
             f"Opened SMTP connection ({security})",
             f"Host: {settings.smtp_host}",
             f"Port: {settings.smtp_port}",
@@ -1387,37 +1472,74 @@ class Smtp:
         ]
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
-        """Raises Error when no recipient was accepted."""
-        import smtplib
+        """Raises Error when no recipient was accepted.
 
-        recipients = [wire_address(recipient) for recipient in envelope.recipients]
-        sender = wire_address(envelope.sender)
-        options = self.mail_options(message, [sender, *recipients])
+        Those whom the server calls too many (452, RFC 5321 section 4.5.3.1.10) get a transaction of their own.
+        """
         if self.settings.smtp_host.lower().endswith(SPARKPOST_HOSTS):
             message = untracked(message)
-        with smtp_errors(self.settings, self.session):
+        spelt = {wire_address(recipient): recipient for recipient in envelope.recipients}
+        waiting, accepted, refused = list(spelt), list[str](), dict[str, tuple[int, bytes]]()
+        told, temporary = "", True
+        while waiting:
             try:
-                refused = self.session.sendmail(sender, recipients, message, options)
-            except smtplib.SMTPRecipientsRefused as error:
-                temporary = all(400 <= code < 500 for code, _ in error.recipients.values())
-                raise answer_error(str(error), self.settings, temporary=temporary) from None
-        return Receipt(
-            len(recipients) - len(refused), [without_secrets(str(refused), self.settings)] if refused else []
-        )
+                answers = self.transact(wire_address(envelope.sender), waiting, message)
+            except Error as error:
+                if not accepted:
+                    raise
+                told, temporary = str(error), isinstance(error, TemporaryError)
+                break
+            accepted += [spelt[address] for address in waiting if address not in answers]
+            waiting = [address for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS]
+            refused |= {address: answer for address, answer in answers.items() if address not in waiting}
+        lines = [without_secrets(str(refused), self.settings)] if refused else []
+        temporary = temporary and all(400 <= code < 500 for code, _ in refused.values())
+        reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
+        reasons |= {spelt[address]: told for address in waiting}
+        return Receipt(tuple(accepted), reasons, lines + [told] * bool(told), temporary)
 
-    def mail_options(self, message: bytes, addresses: Iterable[str]) -> list[str]:
-        """What MAIL FROM must say of the message (RFC 6152, RFC 6531). Raises Error where the server cannot do it."""
-        header = message[: message.index(CRLF + CRLF)]
-        if header.isascii() and all(address.isascii() for address in addresses):
-            return ["BODY=8BITMIME"] if not message.isascii() and self.session.has_extn("8bitmime") else []
-        if not self.session.has_extn("smtputf8"):
+    def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, tuple[int, bytes]]:
+        """Who was refused in one transaction. Raises Error.
+
+        It begins anew over a new connection where the server closed the old one before the message was handed over.
+        """
+        while True:
+            reused = self.used > 0
+            self.used += 1
+            self.attempts += 1
+            try:
+                options = self.mail_options(message, [sender, *recipients])
+                with smtp_errors(self.settings, self.session):
+                    answers: dict[str, tuple[int, bytes]] = self.session.transact(sender, recipients, message, options)
+                    return answers
+            except Unreachable:
+                self.close()
+                if not reused:
+                    raise
+            except Lost:
+                self.close()
+                raise
+            self.open()
+
+    def mail_options(self, message: bytes, addresses: Iterable[str]) -> str:
+        """What MAIL FROM must say of the message (RFC 1870, RFC 6152, RFC 6531).
+
+        Raises Error where the server cannot do it.
+        """
+        session = self.session
+        size = f" SIZE={len(message)}" if session.has_extn("size") else ""
+        if message[: message.index(CRLF + CRLF)].isascii() and all(address.isascii() for address in addresses):
+            return size + (" BODY=8BITMIME" if not message.isascii() and session.has_extn("8bitmime") else "")
+        if not session.has_extn("smtputf8"):
             where = f"{self.settings.smtp_host} does not offer SMTPUTF8, which addresses outside ASCII need"
             raise Error(where, "use an address in ASCII, or another server")
-        return ["SMTPUTF8", "BODY=8BITMIME"]
+        return f"{size} SMTPUTF8 BODY=8BITMIME"
 
     def close(self) -> None:
-        with suppress(OSError):  # as smtplib's errors are; by now the messages are accepted or refused
-            self.session.quit()
+        if self.session:
+            with suppress(OSError):  # as smtplib's errors are; by now the messages are accepted or refused
+                self.session.quit()
+        self.session = None
 
 
 def untracked(message: bytes) -> bytes:
@@ -1427,18 +1549,16 @@ def untracked(message: bytes) -> bytes:
     return b'X-MSYS-API: {"options": {"open_tracking": false, "click_tracking": false}}\r\n' + message
 
 
-def open_session(settings: Settings) -> tuple[smtplib.SMTP, str]:
+def open_session(settings: Settings) -> tuple[Any, str]:
     """A session with the server, and how it is secured. Raises Error, and what smtplib and ssl raise.
 
     A password crosses no network without verified TLS (RFC 8314 section 3).
     """
-
     session = greet(settings)
     if settings.smtp_tls == "off" or not session.has_extn("starttls"):
         if settings.smtp_tls == "verify":
-            raise Error(
-                f"{settings.smtp_host} does not offer STARTTLS", "SMTP_TLS=verify demands it; is the port right?"
-            )
+            cure = "SMTP_TLS=verify demands it; is the port right?"
+            raise Error(f"{settings.smtp_host} does not offer STARTTLS", cure)
         if exposes_password(session, settings):
             cure = "do not set SMTP_TLS=off" if settings.smtp_tls == "off" else "use a port that offers STARTTLS"
             raise Error(f"{settings.smtp_host}: a password is not sent over a plain connection", cure)
@@ -1458,14 +1578,14 @@ def open_session(settings: Settings) -> tuple[smtplib.SMTP, str]:
     return session, "STARTTLS, certificate not verified"
 
 
-def exposes_password(session: smtplib.SMTP, settings: Settings) -> bool:
+def exposes_password(session: Any, settings: Settings) -> bool:
     """Whether a password would go to another machine."""
     peer = session.sock.getpeername()[0] if session.sock else ""
     return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
 
 
 def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
-
+    """Raises Error where the CA certificates cannot be read."""
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
@@ -1476,38 +1596,90 @@ def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
     return context
 
 
-def greet(settings: Settings) -> smtplib.SMTP:
-    """Connect and say EHLO, with a session that knows whether a message was handed over."""
+def greet(settings: Settings) -> Any:
+    """Connect and say EHLO."""
+    name = socket.gethostname()
+    if "." not in name or not name.isascii():
+        name = "[127.0.0.1]"  # as smtplib says, but without asking DNS for the full name
+    session = session_class()(settings.smtp_host, settings.smtp_port, local_hostname=name, timeout=TIMEOUT)
+    session.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the final dot waits for no acknowledgement
+    session.ehlo_or_helo_if_needed()
+    return session
+
+
+@cache
+def session_class() -> type[Any]:
+    """smtplib's session, with transactions in two round trips (RFC 2920); made here, for smtplib loads slowly."""
     import smtplib
 
     class Session(smtplib.SMTP):
-        handed_over = False
+        handed_over = False  # a message, to which no answer has come yet
 
         def getreply(self) -> tuple[int, bytes]:
             code, text = super().getreply()
             if code == -1 and self.handed_over:
                 raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
-            self.handed_over = code == 354  # the message follows, and no answer to it has come yet
+            self.handed_over = code == 354
             return code, text
 
-        def data(self, msg: object) -> tuple[int, bytes]:
-            try:
-                return super().data(msg)  # type: ignore[arg-type]
-            except smtplib.SMTPDataError:  # smtplib leaves this transaction open, and the next would be refused
-                with suppress(smtplib.SMTPServerDisconnected):
-                    self.rset()
-                raise
+        def transact(
+            self, sender: str, recipients: Sequence[str], message: bytes, options: str
+        ) -> dict[str, tuple[int, bytes]]:
+            """Who was refused of the recipients of a message; raises as smtplib's sendmail does."""
+            commands = [f"MAIL FROM:<{sender}>{options}", *(f"RCPT TO:<{each}>" for each in recipients), "DATA"]
+            replies = self.converse(commands)
+            answers = dict(zip(recipients, replies[1:], strict=False))
+            refused = {recipient: answer for recipient, answer in answers.items() if answer[0] not in (250, 251)}
+            begun = len(replies) == len(commands) and replies[-1][0] == 354
+            failure: Exception
+            if replies[0][0] != 250:
+                failure = smtplib.SMTPSenderRefused(*replies[0], sender)
+            elif len(refused) == len(answers) or len(replies) < len(commands):
+                failure = smtplib.SMTPRecipientsRefused(refused)
+            elif not begun:
+                failure = smtplib.SMTPDataError(*replies[-1])
+            else:
+                if b"\n." in message:  # a line that is a lone dot would end it, RFC 5321 section 4.5.2
+                    message = message.replace(b"\n.", b"\n..")
+                self.send(message)
+                self.send(b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n")
+                answer, begun = self.getreply(), False
+                if answer[0] == 250:
+                    return refused
+                failure = smtplib.SMTPDataError(*answer)
+            with suppress(smtplib.SMTPServerDisconnected):
+                if begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
+                    self.handed_over = False
+                    self.send(b".\r\n")
+                    self.getreply()
+                self.rset()
+            raise failure
 
-    name = socket.gethostname()
-    if "." not in name or not name.isascii():
-        name = "[127.0.0.1]"  # as smtplib says, but without asking DNS for the full name
-    session = Session(settings.smtp_host, settings.smtp_port, local_hostname=name, timeout=TIMEOUT)
-    session.ehlo_or_helo_if_needed()
-    return session
+        def converse(self, commands: Sequence[str]) -> list[tuple[int, bytes]]:
+            """The replies to commands, which go out together where the server takes them so (RFC 2920).
+
+            What has become useless is not said: there are fewer replies then.
+            """
+            at_once = COMMANDS_AT_ONCE if self.has_extn("pipelining") else 1
+            replies: list[tuple[int, bytes]] = []
+            for start in range(0, len(commands), at_once):
+                group = commands[start : start + at_once]
+                nobody = not any(code in (250, 251) for code, _ in replies[1:])
+                if start and (replies[0][0] != 250 or (group == ["DATA"] and nobody)):
+                    break
+                self.send("".join(f"{command}\r\n" for command in group).encode())
+                for _ in group:
+                    replies.append(self.getreply())
+                    if replies[-1][0] == 421:  # the server closes the connection, RFC 5321 section 3.8
+                        self.close()
+                        return replies
+            return replies
+
+    return Session
 
 
 @contextmanager
-def smtp_errors(settings: Settings, session: smtplib.SMTP | None = None) -> Iterator[None]:
+def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
     """Raise what smtplib raises as an Error: answers of the server unchanged, 4xx and lost connections as temporary."""
     import smtplib
 
@@ -1518,16 +1690,18 @@ def smtp_errors(settings: Settings, session: smtplib.SMTP | None = None) -> Iter
     except (OSError, ValueError) as error:
         # smtplib's errors are OSErrors; its base64 decoder and the idna codec raise ValueError
         reason = without_secrets(f"{where}: {getattr(error, 'strerror', None) or error}", settings)
-        if getattr(session, "handed_over", False):
-            raise Unreachable(f"{reason}; the message may have been sent", "look before sending it again") from None
-        if isinstance(error, smtplib.SMTPResponseException):
-            raise answer_error(str(error), settings, temporary=400 <= error.smtp_code < 500) from None
-        lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
-        raise (Unreachable if lost and isinstance(error, OSError) else Error)(reason, cure) from None
-
-
-def answer_error(answer: str, settings: Settings, *, temporary: bool) -> Error:
-    return (TemporaryError if temporary else Error)(without_secrets(answer, settings), prefix="")
+        if session and session.handed_over:
+            raise Lost(f"{reason}; the message may have been sent", "look before sending it again") from None
+        if isinstance(error, smtplib.SMTPRecipientsRefused):
+            codes = [code for code, _ in error.recipients.values()]
+        elif isinstance(error, smtplib.SMTPResponseException):
+            codes = [error.smtp_code]
+        else:
+            lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
+            raise (Unreachable if lost and isinstance(error, OSError) else Error)(reason, cure) from None
+        temporary = TemporaryError if all(400 <= code < 500 for code in codes) else Error
+        kind = Unreachable if 421 in codes else temporary
+        raise kind(without_secrets(str(error), settings), prefix="") from None
 
 
 def without_secrets(answer: str, settings: Settings) -> str:
@@ -1546,33 +1720,36 @@ class Api:
     def __init__(self, settings: Settings, *, own_return_path: bool) -> None:
         from urllib import request
 
-        self.settings, self.own_return_path = settings, own_return_path
+        self.settings, self.own_return_path, self.attempts = settings, own_return_path, 0
         in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
         self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
         for handler in (
             request.ProxyHandler({} if in_the_clear else None),
-            request.HTTPHandler(),
-            request.HTTPSHandler(),
+            kept_connection(),
             request.HTTPErrorProcessor(),
             request.HTTPDefaultErrorHandler(),
         ):
             self.opener.add_handler(handler)
-        self.banner = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
+
+    def open(self) -> list[str]:
+        """What to report of the connection, which urllib makes when it is needed."""
+        if self.attempts:
+            return []
+        return ["Opened API connection", f"Host: {self.settings.api_host}", f'API key: "{STARS}"']
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when the API refuses the message as a whole."""
         import json
 
+        self.attempts += 1
         if len(message) > LARGEST_CONTENT:
-            raise Error(
-                f"the API takes no message over {LARGEST_CONTENT} bytes, this has {len(message)}", "use --send_smtp"
-            )
+            what = f"the API takes no message over {LARGEST_CONTENT} bytes, this has {len(message)}"
+            raise Error(what, "use --send_smtp")
         try:
             content = message.decode()
         except UnicodeDecodeError:
-            raise Error(
-                "the API takes eight-bit text in UTF-8 only", "sign or encrypt it, or use --send_smtp"
-            ) from None
+            cure = "sign or encrypt it, or use --send_smtp"
+            raise Error("the API takes eight-bit text in UTF-8 only", cure) from None
         options = dict.fromkeys(("open_tracking", "click_tracking", "perform_substitutions"), False)
         transmission: dict[str, object] = {
             "options": options | {"transactional": True},
@@ -1581,7 +1758,7 @@ class Api:
         }
         if self.own_return_path:
             transmission["return_path"] = wire_address(envelope.sender)
-        return self.read_reply(*self.post(json.dumps(transmission).encode()), len(envelope.recipients))
+        return self.read_reply(*self.post(json.dumps(transmission).encode()), envelope.recipients)
 
     def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and reply of the API, empty where it was cut short. Raises Error."""
@@ -1606,24 +1783,31 @@ class Api:
             raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
         except (HTTPException, OSError) as error:
             reason = without_secrets(f"{host}: {error}; the message may have been sent", self.settings)
-            raise Unreachable(reason, "look before sending it again") from None
+            raise Lost(reason, "look before sending it again") from None
         with response:
             try:
                 return response.status, response.read(LARGEST_REPLY + 1)
             except (HTTPException, OSError):
                 return response.status, b""
 
-    def read_reply(self, status: int, reply: bytes, recipients: int) -> Receipt:
-        """What the API says of a message for so many recipients. Raises Error."""
+    def read_reply(self, status: int, reply: bytes, recipients: tuple[str, ...]) -> Receipt:
+        """What the API says of a message for these recipients. Raises Error."""
         answer = json_object(reply)
         results = answer.get("results")
         results = results if isinstance(results, dict) else {}
         answers = api_errors(answer.get("errors")) + api_errors(results.get("rcpt_to_errors"))
         answers = [without_secrets(line, self.settings) for line in answers]
         accepted = results.get("total_accepted_recipients")
-        if status == 200 and type(accepted) is int and 0 <= accepted <= recipients:
-            lost = f"{recipients - accepted} of {recipients} recipients were not accepted"
-            return Receipt(accepted, answers if answers or accepted == recipients else [lost])
+        if status == 200 and type(accepted) is int and 0 <= accepted <= len(recipients):
+            identifier = str(results.get("id", ""))[:100]
+            if accepted == len(recipients):
+                return Receipt(recipients, {}, answers, identifier=identifier)
+            lost = [f"{len(recipients) - accepted} of {len(recipients)} recipients were not accepted"]
+            refused = {each: line for each in recipients for line in answers if same_address(each) in line.lower()}
+            if len(refused) != len(recipients) - accepted:  # nobody knows who has the message
+                refused = dict.fromkeys(recipients, (answers or lost)[0])
+            has = tuple(each for each in recipients if each not in refused)
+            return Receipt(has, refused, answers or lost, identifier=identifier, unknown=accepted - len(has))
         told = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
         where = f"{self.settings.api_host}: HTTP status {status}: {told}"
         if status in (200, 504):
@@ -1634,6 +1818,47 @@ class Api:
 
     def close(self) -> None:
         pass
+
+
+def kept_connection() -> Any:
+    """urllib's handler of http and https, over one connection for 15 minutes or until the server closes it."""
+    from http import client
+    from urllib import request
+
+    def kept(kind: type[client.HTTPConnection]) -> type[Any]:
+        class Connection(kind):  # type: ignore[misc, valid-type]
+            kept: socket.socket | None = None
+
+            def request(self, method: str, url: str, body: Any, headers: Any, **named: Any) -> None:
+                self.sock, self.kept = self.kept, None
+                super().request(method, url, body, headers | {"Connection": "keep-alive"}, **named)
+
+            def getresponse(self) -> Any:
+                response = super().getresponse()
+                self.kept, self.sock = self.sock, None  # urllib closes what it finds here
+                return response
+
+        return Connection
+
+    class Handler(request.AbstractHTTPHandler):
+        http_request = https_request = request.AbstractHTTPHandler.do_request_
+        connection: Any = None
+        opened = 0.0
+
+        def connect(self, host: str, *, kind: type[client.HTTPConnection], timeout: float) -> Any:
+            idle = self.connection and self.connection.kept
+            if not idle or select([idle], [], [], 0)[0] or monotonic() > self.opened + CONNECTION_LIFE:
+                tls = {"context": ssl.create_default_context()} if kind is client.HTTPSConnection else {}
+                self.connection, self.opened = kept(kind)(host, timeout=timeout, **tls), monotonic()
+            return self.connection
+
+        def http_open(self, request: request.Request) -> Any:
+            return self.do_open(partial(self.connect, kind=client.HTTPConnection), request)
+
+        def https_open(self, request: request.Request) -> Any:
+            return self.do_open(partial(self.connect, kind=client.HTTPSConnection), request)
+
+    return Handler()
 
 
 def json_object(reply: bytes) -> dict[str, object]:
@@ -1656,48 +1881,145 @@ def api_errors(errors: object) -> list[str]:
     return [line[:1000] for line in found if line]
 
 
+# ------------------------------------------------------------------------------------------------------- outbox
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold a message file against other runs. Raises Elsewhere where one has it or has moved it, and Error."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise Elsewhere from None
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+    try:
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+            moved = os.stat(path).st_ino != os.fstat(descriptor).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            moved = True
+        if moved:
+            raise Elsewhere
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_note(path: str) -> list[str]:
+    """Who has this message of an outbox already, as a note of this very file (by its inode) says. Raises Error."""
+    import json
+
+    note = f"{path}.accepted"
+    try:
+        with open(note) as file:
+            kept = json.load(file)
+        return list(kept["accepted"]) if kept["inode"] == os.stat(path).st_ino else []
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError):
+        raise Error(f"{note} cannot be read", "delete it to send the message to everybody") from None
+
+
+def write_note(path: str, accepted: Iterable[str]) -> None:
+    """Keep who has this message, so that no crash and no power cut loses it. Raises OSError."""
+    import json
+
+    note = f"{path}.accepted"
+    with open(os.open(f"{note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump({"inode": os.stat(path).st_ino, "accepted": list(accepted)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{note}.new", note)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def move_to(sent: str, path: str) -> None:
+    """Put a message that everybody has into the folder `sent`, under a name that is free there. Raises OSError."""
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    names = (f"{stem}{f'.{number}' if number else ''}{suffix}" for number in count())
+    os.rename(path, next(target for name in names if not os.path.lexists(target := os.path.join(sent, name))))
+    with suppress(FileNotFoundError):
+        os.unlink(f"{path}.accepted")
+
+
+def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
+    """The message files; a folder stands for its *.eml in name order, which only an outbox may lack. Raises Error."""
+    files = []
+    for path in paths:
+        try:
+            names = sorted(os.listdir(path)) if os.path.isdir(path) else None
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        found = [path] if names is None else [os.path.join(path, name) for name in names if name.endswith(".eml")]
+        if not found and not outbox:
+            raise Error(f"{path}: no *.eml file is in this directory", "name a message, or the directory of some")
+        files += found
+    return files
+
+
+def check_sent(sent: str, files: Iterable[str]) -> None:
+    """Raise Error where messages could not be moved to this folder by renaming."""
+    if not os.path.isdir(sent):
+        raise Error(f"{sent}: there is no such folder", "make it, or name another one with --sent")
+    if not os.access(sent, os.W_OK | os.X_OK):
+        raise Error(f"{sent}: messages cannot be moved to this folder", "may you write there?")
+    device = os.stat(sent).st_dev
+    for folder in {os.path.dirname(path) or "." for path in files}:
+        if os.path.isdir(folder) and os.stat(folder).st_dev != device:
+            raise Error(f"{sent}: this folder is on another file system than {folder}", "name one beside it")
+
+
 # ----------------------------------------------------------------------------------------------------- program
 
 
-def run(options: Options, settings: Settings) -> int:
-    """Take one message all the way. Returns the exit code; raises Error while nothing has left."""
-    raw = read_file(options.file)
+def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyring) -> Prepared:
+    """Read a message and make it ready for those who have not accepted it yet. Raises Error."""
+    raw = read_file(path)
     fields, blank, body = split_entity(raw)
-    if not blank:
+    line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
+    del raw
+    if not blank and not options.recipient:
         refuse_stray_recipients(body)
-    envelope = read_envelope(fields, options.return_path)
-    served = served_recipients(envelope, options)
+    envelope = read_envelope(fields, options.return_path, options.recipient)
+    names = ("From", "To", "Cc", "Bcc")
+    people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
+    served = audience(envelope, accepted, options)
+    left_out = set(envelope.hidden) - {*served.recipients, *served.hidden, *accepted}
+    if left_out:
+        names_left_out = ", ".join(each for each in envelope.hidden if each in left_out)
+        keyring.remarks.append(f"the printed copy leaves out the Bcc recipients {names_left_out}")
     from_address = author(fields, "from", "sender")
-    everybody = [*served, *options.archive] if options.encrypt else []
-    signer, certificates = Keyring(options, settings).load(from_address if options.sign else "", everybody)
+    everybody = [*served.recipients, *served.hidden, *options.archive] if options.encrypt else []
+    signer, certificates = keyring.load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
     if options.sign or options.encrypt:
         entity = make_entity(fields, body, clear=options.sign and not options.opaque)
     else:
         entity = CRLF + to_crlf(body)
-    if signer:
-        warn_of_date(header)
+    del body
     if options.protect_headers:
         entity, header = protect_headers(entity, header, hide=options.encrypt)
     strong = options.rsa_padding == "pss_oaep"
     if signer:
+        keyring.remarks += date_remarks(header)
         entity = sign(entity, signer, opaque=options.opaque, pss=strong)
     head = b"".join(field + CRLF for field in header)
     archive = [certificates[address] for address in options.archive]
-    messages = []
-    for copy in plan_copies(envelope, certificates, options):
-        sealed = entity
+    copies = []
+    for copy in plan_copies(served, certificates, options, keyring.remarks):
+        content = entity
         if options.encrypt:
             keys = [certificates[recipient] for recipient in copy.recipients]
-            sealed = encrypt(entity, keys + archive, gcm=options.cipher == "aes256-gcm", oaep=strong)
-        messages.append((head + sealed, copy))
-    names = ("From", "To", "Cc", "Bcc")
-    people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
-    left_out = [recipient for recipient in envelope.hidden if recipient not in served]
-    if left_out:
-        warn(f"the printed copy leaves out the Bcc recipients {', '.join(left_out)}")
-    line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
-    return send(messages, options, settings, line_end, [f"Sending: {options.file}", *people])
+            content = encrypt(entity, keys + archive, gcm=options.cipher == "aes256-gcm", oaep=strong)
+        content = head + content
+        copies.append((content if options.sends or line_end == CRLF else content.replace(CRLF, line_end), copy))
+    identifier = field_texts(header, "message-id")[0]
+    return Prepared(copies, envelope.sender, identifier, people)
 
 
 def refuse_stray_recipients(body: bytes) -> None:
@@ -1708,33 +2030,43 @@ def refuse_stray_recipients(body: bytes) -> None:
         raise Error(f"the header ends at a line that is no field, {line[:60]!r}, above recipients", "mend that line")
 
 
-def served_recipients(envelope: Envelope, options: Options) -> tuple[str, ...]:
-    """Who gets the message: everybody, but of an encrypted message only the copy for To and Cc is printed."""
-    if not options.encrypt or options.send_smtp or options.send_api:
-        return envelope.recipients + envelope.hidden
-    if not envelope.recipients:
+def audience(envelope: Envelope, accepted: Sequence[str], options: Options) -> Envelope:
+    """Who is to get the message in this run. Raises Error where it could be printed for nobody.
+
+    An encrypted message is printed without its Bcc recipients, whom it would give away, unless --recipient names them.
+    """
+    shown = tuple(each for each in envelope.recipients if each not in accepted)
+    hidden = tuple(each for each in envelope.hidden if each not in accepted)
+    if options.encrypt and options.sends:
+        return Envelope(envelope.sender, shown, hidden)
+    if not options.encrypt or options.recipient:
+        return Envelope(envelope.sender, shown + hidden)
+    if not shown:
         raise Error("the message has Bcc recipients only, and their copies are not printed", "use --send_smtp")
-    return envelope.recipients
+    return Envelope(envelope.sender, shown)
 
 
-def plan_copies(envelope: Envelope, certificates: Mapping[str, x509.Certificate], options: Options) -> list[Envelope]:
+def plan_copies(
+    envelope: Envelope, certificates: Mapping[str, x509.Certificate], options: Options, remarks: list[str]
+) -> list[Envelope]:
     """One message for all; but encrypted and sent, one for RSA and one for elliptic curve keys, and one for each Bcc.
 
     The others' copy would give away a Bcc recipient, and older NSS opens nothing that has an elliptic curve key in it.
     """
     if not options.encrypt:
-        return [envelope._replace(recipients=envelope.recipients + envelope.hidden)]
-    kinds = {recipient: is_rsa(certificates[recipient]) for recipient in envelope.recipients}
-    if not (options.send_smtp or options.send_api):
-        if len(set(kinds.values())) > 1:
-            warn("the printed message serves RSA and elliptic curve keys, which some readers cannot open")
+        return [envelope] if envelope.recipients else []
+    groups: list[tuple[str, ...]] = [
+        tuple(each for each in envelope.recipients if is_rsa(certificates[each]) is kind) for kind in (True, False)
+    ]
+    if not options.sends:
+        if all(groups):
+            remarks.append("the printed message serves RSA and elliptic curve keys, which some readers cannot open")
         return [envelope]
-    groups = [tuple(recipient for recipient in kinds if kinds[recipient] is kind) for kind in (True, False)]
     groups += [(recipient,) for recipient in envelope.hidden]
-    return [envelope._replace(recipients=group) for group in groups if group]
+    return [Envelope(envelope.sender, group) for group in groups if group]
 
 
-def warn_of_date(header: Iterable[bytes]) -> None:
+def date_remarks(header: Iterable[bytes]) -> list[str]:
     """Thunderbird calls a signature invalid that was made more than an hour from the message's Date."""
     text = field_texts(header, "date")[0]
     try:
@@ -1742,77 +2074,267 @@ def warn_of_date(header: Iterable[bytes]) -> None:
         date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
         distance = abs((datetime.now(timezone.utc) - date).total_seconds())
     except (ValueError, TypeError, IndexError, OverflowError):
-        warn(f"the Date {text[:80]!r} cannot be read - --date_now replaces it")
-        return
-    if distance > 3600:
-        warn(f"the Date {text} is over one hour from now: Thunderbird will call the signature invalid - add --date_now")
+        return [f"the Date {text[:80]!r} cannot be read - --date_now replaces it"]
+    late = f"the Date {text} is over one hour from now: Thunderbird will call the signature invalid - add --date_now"
+    return [late] if distance > 3600 else []
 
 
-def send(
-    messages: Sequence[tuple[bytes, Envelope]],
-    options: Options,
-    settings: Settings,
-    line_end: bytes,
-    report: Iterable[str],
-) -> int:
-    """Deliver the copies of a message and report. Returns the exit code; raises Error where no transport opens."""
-    started = perf_counter()
-    transport = open_transport(options, settings, line_end)
-    for line in [*transport.banner, *report] if transport.banner else []:
-        say(line)
-    accepted, answers, missed, failures = deliver_all(transport, messages)
-    seconds = perf_counter() - started
-    for answer in dict.fromkeys(answers):
-        complain(answer)
-    missed = [recipient for recipient in missed if not any(f"{recipient!r}: (" in answer for answer in answers)]
-    if accepted and missed:
-        complain(f"{PROGRAM}: not sent to {', '.join(missed)}")
-    wanted = sum(len(envelope.recipients) for _, envelope in messages)
-    if accepted and transport.banner:
-        some = "" if accepted == wanted else f" for {accepted} of {wanted} recipients"
-        say(f"OK{some} - in {seconds:.3f} seconds")
-    transport.close()
-    if accepted == wanted:
-        return EXIT_OK
-    temporary = failures and not accepted and all(isinstance(failure, TemporaryError) for failure in failures)
-    return EXIT_TEMPORARY if temporary else EXIT_FAILED
+class Worker:
+    """Takes messages all the way, one after the other, over connections of its own."""
 
+    def __init__(self, options: Options, settings: Settings) -> None:
+        """Raises Error where no message could be prepared."""
+        self.options, self.keyring = options, Keyring(options, settings)
+        self.transport: Stdout | Smtp | Api = Stdout()
+        if options.send_smtp:
+            self.transport = Smtp(settings)
+        elif options.send_api:
+            self.transport = Api(settings, own_return_path=bool(options.return_path))
+        self.unreachable = 0  # messages in a row for which the server was out of reach
 
-def deliver_all(
-    transport: Stdout | Smtp | Api, messages: Iterable[tuple[bytes, Envelope]]
-) -> tuple[int, list[str], list[str], list[Error]]:
-    """How many recipients were accepted, what was answered, who got nothing, and the failures.
-
-    One failure does not keep the other copies back, unless the server is out of reach.
-    """
-    accepted, answers, missed = 0, list[str](), list[str]()
-    failures: list[Error] = []
-    for message, envelope in messages:
-        if failures and isinstance(failures[-1], Unreachable):
-            missed += envelope.recipients
-            continue
+    def process(self, path: str) -> Outcome:
+        """Deliver one message file, and move it where it came from an outbox."""
+        if self.unreachable >= ENOUGH_FAILURES:
+            reason = "the server is out of reach: the rest is not tried"
+            return Outcome(path, EXIT_TEMPORARY, {"error": reason}, [reason])
         try:
-            receipt = transport.deliver(message, envelope)
+            with locked(path) if self.options.sent else nullcontext():
+                outcome = self.deliver(path)
+        except Elsewhere:
+            return Outcome(path, None, {})
         except Error as error:
-            failures.append(error)
-            answers.append(str(error))
-            missed += envelope.recipients
-        else:
-            accepted += receipt.accepted
-            answers += receipt.answers
-    return accepted, answers, missed, failures
+            self.unreachable += isinstance(error, Unreachable)
+            outcome = Outcome(path, error.exit_code, {"error": error.text}, errors=[str(error)])
+        remarks, self.keyring.remarks = self.keyring.remarks, []
+        return outcome._replace(remarks=remarks)
+
+    def deliver(self, path: str) -> Outcome:
+        """Deliver the copies of a message; one failure keeps no other back. Raises Error while nothing left."""
+        sent = self.options.sent
+        had = read_note(path) if sent else []
+        message = prepare(path, had, self.options, self.keyring)
+        lines = [f"Sending: {path}", *message.people] if self.options.sends else []
+        started, attempts = perf_counter(), self.transport.attempts
+        if message.copies:
+            lines = self.transport.open() + lines
+        receipts: list[Receipt] = []
+        troubles: list[str] = []
+        wanted = sum(len(envelope.recipients) for _, envelope in message.copies)
+        for content, envelope in message.copies:
+            receipts.append(self.hand_over(content, envelope, gone=bool(receipts and receipts[-1].lost)))
+            accepted = [each for receipt in receipts for each in receipt.accepted]
+            if sent and 0 < len(accepted) < wanted:
+                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, had + accepted)
+        seconds = perf_counter() - started
+        count = len(accepted) + sum(receipt.unknown for receipt in receipts) if receipts else 0
+        if sent and count == wanted:
+            troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path)
+        answers = list(dict.fromkeys(line for receipt in receipts for line in receipt.lines))
+        failed = [each for receipt in receipts if not (receipt.accepted or receipt.unknown) for each in receipt.refused]
+        missed = [each for each in failed if not any(f"{each!r}: (" in line for line in answers)]
+        if count and missed:
+            answers.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
+        if lines and count == wanted:
+            lines.append(f"OK - in {seconds:.3f} seconds")
+        elif lines and count:
+            lines.append(f"OK for {count} of {wanted} recipients - in {seconds:.3f} seconds")
+        code = EXIT_OK
+        if troubles or count < wanted:
+            temporary = not troubles and all(receipt.temporary for receipt in receipts) and (sent or not count)
+            code = EXIT_TEMPORARY if temporary else EXIT_FAILED
+        record = {
+            "message_id": message.identifier,
+            "sender": message.sender,
+            "accepted": [each for receipt in receipts for each in receipt.accepted],
+            "refused": {each: reason for receipt in receipts for each, reason in receipt.refused.items()},
+            "error": "; ".join(answers + troubles) or None,
+            "id": next((receipt.identifier for receipt in receipts if receipt.identifier), None),
+            "seconds": round(seconds, 3),
+            "attempts": self.transport.attempts - attempts,
+        }
+        return Outcome(path, code, record, lines=lines, errors=answers + troubles)
+
+    def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
+        """Deliver one copy, unless the server is gone."""
+        if gone:
+            return Receipt((), dict.fromkeys(envelope.recipients, "not sent"), temporary=True, lost=True)
+        try:
+            receipt = self.transport.deliver(content, envelope)
+        except Error as error:
+            self.unreachable = self.unreachable + 1 if isinstance(error, Unreachable) else 0
+            reasons = dict.fromkeys(envelope.recipients, error.text)
+            temporary, lost = isinstance(error, TemporaryError), isinstance(error, Lost)
+            return Receipt((), reasons, [str(error)], temporary=temporary, lost=lost)
+        self.unreachable = 0
+        return receipt
 
 
-def open_transport(options: Options, settings: Settings, line_end: bytes) -> Stdout | Smtp | Api:
-    if options.send_smtp:
-        return Smtp(settings)
-    return Api(settings, own_return_path=bool(options.return_path)) if options.send_api else Stdout(line_end)
+def trouble(what: str, act: Callable[..., None], *words: object) -> list[str]:
+    """Do something to an outbox; what went wrong, if anything did."""
+    try:
+        act(*words)
+    except OSError as error:
+        return [f"{PROGRAM}: {what}: {error.strerror} - else the next run sends it again"]
+    return []
 
 
-def say(line: str, descriptor: int = 1) -> None:
+def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
+    """What becomes of the message files, one after the other; until halted."""
+    if jobs == 1:
+        for path in files:
+            if halted():
+                break
+            yield worker.process(path)
+        worker.transport.close()
+    else:
+        yield from share_out(worker, files, jobs, halted)
+
+
+def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
+    """What becomes of the files, in the hands of so many processes, which each get another when they have done one.
+
+    Processes, because the interpreter's lock would let threads wait for each other.
+    """
+    from multiprocessing import get_context
+    from multiprocessing.connection import wait
+
+    fork, waiting = get_context("fork"), iter(files)
+    processes: list[Any] = []
+    ends: list[Any] = []
+    under_way: dict[Any, str] = {}
+
+    def hand_out(end: Any) -> None:
+        path = None if halted() else next(waiting, None)
+        with suppress(OSError):  # the process is gone
+            end.send(path)
+            if path is not None:
+                under_way[end] = path
+
+    try:
+        for _ in range(min(jobs, len(files))):
+            end, other = fork.Pipe()
+            ends.append(end)
+            processes.append(fork.Process(target=serve, args=(worker, other, ends), daemon=True))
+            processes[-1].start()
+            other.close()
+        for end in ends:
+            hand_out(end)
+        while under_way:
+            for end in list[Any](wait(list(under_way))):
+                path = under_way.pop(end)
+                try:
+                    yield end.recv()
+                except EOFError:
+                    text = f"{path}: its process was killed; the message may have been sent"
+                    yield Outcome(path, EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
+                else:
+                    hand_out(end)
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def serve(worker: Worker, end: Any, others: Iterable[Any]) -> None:
+    """Work on the files that come through a pipe, until none does, or whoever sends them is gone."""
+    from signal import SIG_IGN, SIGINT, SIGTERM, signal
+
+    for other in others:
+        other.close()
+    for number in (SIGINT, SIGTERM):
+        signal(number, SIG_IGN)  # who shares out ends in order
+    with suppress(EOFError, OSError):
+        while (path := end.recv()) is not None:
+            end.send(worker.process(path))
+    worker.transport.close()
+
+
+def run(options: Options, settings: Settings) -> int:
+    """Send or print all messages. Returns the exit code; raises Error where none can be sent."""
+    from signal import SIGINT, SIGTERM, signal
+
+    files = list_files(options.files, outbox=bool(options.sent))
+    if options.sent:
+        check_sent(options.sent, files)
+    worker = Worker(options, settings)
+    many, stopped = len(files) != 1, False
+
+    def halt(*_: object) -> None:
+        nonlocal stopped
+        if stopped or not many:
+            raise KeyboardInterrupt
+        stopped = True
+
+    for number in (SIGINT, SIGTERM):
+        signal(number, halt)
+    started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
+    terminal = many and not options.quiet and os.isatty(2)
+    with open_report(options.report) as report:
+        for outcome in outcomes(worker, files, options.jobs, lambda: stopped):
+            counts[outcome.code] += 1
+            if terminal:
+                say("", 2, end="\r\x1b[K")
+            for remark in outcome.remarks:
+                if not options.quiet and remark not in told:
+                    warn(remark)
+                    told.add(remark)
+            for line in outcome.lines if not options.quiet else []:
+                say(line)
+            for line in outcome.errors:
+                complain(f"{PROGRAM}: {outcome.file}: {line.removeprefix(f'{PROGRAM}: ')}" if many else line)
+            if outcome.code is not None:
+                report(outcome)
+            if terminal:
+                say(progress(counts, len(files), perf_counter() - started), 2, end="")
+    if terminal:
+        say("", 2, end="\r\x1b[K")
+    counts[EXIT_TEMPORARY] += len(files) - sum(counts.values())
+    if many and options.sends and (not options.quiet or counts[EXIT_FAILED] or counts[EXIT_TEMPORARY]):
+        say(summary(counts, perf_counter() - started))
+    return EXIT_FAILED if counts[EXIT_FAILED] else EXIT_TEMPORARY if counts[EXIT_TEMPORARY] else EXIT_OK
+
+
+def progress(counts: Mapping[int | None, int], total: int, seconds: float) -> str:
+    done, failed = sum(counts.values()), counts[EXIT_FAILED] + counts[EXIT_TEMPORARY]
+    left = (total - done) * seconds / done
+    return f"{done} of {total} done, {failed} failed, {done / seconds:.0f} per second, {left:.0f} s left"
+
+
+def summary(counts: Mapping[int | None, int], seconds: float) -> str:
+    sent, total = counts[EXIT_OK], counts[EXIT_OK] + counts[EXIT_FAILED] + counts[EXIT_TEMPORARY]
+    names = {EXIT_FAILED: "refused", EXIT_TEMPORARY: "to try again", None: "under way elsewhere"}
+    others = "".join(f", {counts[code]} {name}" for code, name in names.items() if counts[code])
+    return f"Sent {sent} of {total} messages in {seconds:.1f} seconds ({sent / seconds:.0f} per second){others}"
+
+
+@contextmanager
+def open_report(path: str | None) -> Iterator[Callable[[Outcome], None]]:
+    """Append a line of JSON for each outcome to this file, if one is named. Raises Error where it cannot be opened."""
+    import json
+
+    if path is None:
+        yield lambda outcome: None
+        return
+    try:
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}", "--report needs a file it can write") from None
+    empty: dict[str, object] = {
+        "message_id": None,
+        "sender": None,
+        "accepted": list[str](),
+        "refused": dict[str, str](),
+    }
+    empty |= {"error": None, "id": None, "seconds": 0.0, "attempts": 0}
+    with file:
+        yield lambda outcome: print(json.dumps({"file": outcome.file, **empty, **outcome.record}), file=file)
+
+
+def say(line: str, descriptor: int = 1, end: str = "\n") -> None:
     """Write a line to standard output at once, whatever characters it holds; that nobody reads it is no failure."""
     with suppress(OSError), open(descriptor, "w", errors="backslashreplace", closefd=False) as output:
-        output.write("".join(c if c.isprintable() or c == "\t" else "?" for c in line) + "\n")
+        output.write("".join(c if c.isprintable() or c == "\t" else "?" for c in line) + end)
 
 
 def complain(line: str) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,11 @@ class Fault(Enum):
     ENDLESS = "answers with a line that does not end"
 
 
-Answer = str | Fault | Callable[[str], str]  # a function makes the answer from what it answers
+class LastWord(str):
+    """An answer after which the connection is closed."""
+
+
+Answer = str | Fault | Callable[[str], str | Fault]  # a function makes the answer from what it answers
 ANSWERS: Mapping[str, Answer] = {
     "connect": "220 mx.tests.example ESMTP",
     "HELO": "250 mx.tests.example",
@@ -45,6 +50,13 @@ ANSWERS: Mapping[str, Answer] = {
     "QUIT": "221 2.0.0 bye",
     "": "500 5.5.2 unknown command",
 }
+
+
+def sometimes(answer: str | Fault, when: Callable[[int], bool]) -> Answer:
+    """This answer where `when` says so of its number, which begins at 1; else the good one."""
+    numbers = count(1)
+    good = {stage.lower(): text for stage, text in ANSWERS.items() if isinstance(text, str)}
+    return lambda stage: answer if when(next(numbers)) else good[stage.lower().split(" ")[0]]
 
 
 class Mail(NamedTuple):
@@ -75,13 +87,17 @@ class Dialogue(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer line by line until either side ends it."""
         mail = Mail("", "", [], b"")
+        refused = False
         with suppress(OSError):
             self.answer("connect")
             while line := self.hear():
                 text = line.decode(errors="replace").rstrip("\r\n")
+                if refused and text[:4].upper() in ("RCPT", "DATA"):
+                    self.request.sendall(b"503 5.5.1 MAIL first\r\n")
+                    continue
                 good = self.answer(self.awaited + text)
                 if found := re.fullmatch(r"MAIL FROM:<(.*)>((?: [^<>]+)?)", text, re.IGNORECASE):
-                    mail = Mail(found[1], found[2], [], b"")
+                    mail, refused = Mail(found[1], found[2], [], b""), not good
                 elif good and (found := re.fullmatch(r"RCPT TO:<(.*)>", text, re.IGNORECASE)):
                     mail.recipients.append(found[1])
                 elif good and text.upper() == "STARTTLS":
@@ -99,17 +115,20 @@ class Dialogue(socketserver.BaseRequestHandler):
 
     def answer(self, stage: str) -> bool:
         """Answer as the test asks; whether the answer lets the client go on."""
-        reply = next(reply for key, reply in self.server.answers.items() if stage.lower().startswith(key.lower()))
+        answers = self.server.answers.items()
+        answer = next(answer for key, answer in answers if stage.lower().startswith(key.lower()))
+        reply = answer if isinstance(answer, str | Fault) else answer(stage)
         if reply is Fault.SILENCE:
             self.stream.read()  # until the client goes
         while reply is Fault.ENDLESS:
             self.request.sendall(b"2" * 65536)
         if isinstance(reply, Fault):
             raise ConnectionAbortedError
-        text = reply if isinstance(reply, str) else reply(stage)
-        self.awaited = "response " if text.startswith("334") else ""
-        self.request.sendall(text.encode() + b"\r\n")
-        return text.startswith("354" if stage.upper() == "DATA" else "2")
+        self.awaited = "response " if reply.startswith("334") else ""
+        self.request.sendall(reply.encode() + b"\r\n")
+        if isinstance(reply, LastWord):
+            raise ConnectionAbortedError
+        return reply.startswith("354" if stage.upper() == "DATA" else "2")
 
     def encrypt(self) -> None:
         if "handshake" in self.server.answers or not self.server.tls:
