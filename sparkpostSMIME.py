@@ -185,8 +185,12 @@ class Lost(TemporaryError):
     """The connection is gone, and the message under way may have been sent."""
 
 
-class Unreachable(Lost):
-    """The server is out of reach, or ended the connection before a message was handed over."""
+class Closed(Lost):
+    """The server ended the connection before a message was handed over."""
+
+
+class Unreachable(Closed):
+    """There was no connection to the server."""
 
 
 class Elsewhere(Exception):
@@ -1499,10 +1503,13 @@ class Smtp:
             waiting = [address for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS]
             refused |= {address: answer for address, answer in answers.items() if address not in waiting}
         lines = [without_secrets(str(refused), self.settings)] if refused else []
+        missed = [spelt[address] for address in waiting if f"{address!r}: (" not in told]
+        lines += [told] if told else []
+        lines += [f"{PROGRAM}: not sent to {', '.join(missed)}"] if missed else []
         temporary = temporary and all(400 <= code < 500 for code, _ in refused.values())
         reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
         reasons |= {spelt[address]: told for address in waiting}
-        return Receipt(tuple(accepted), reasons, lines + [told] * bool(told), temporary)
+        return Receipt(tuple(accepted), reasons, lines, temporary)
 
     def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, tuple[int, bytes]]:
         """Who was refused in one transaction. Raises Error.
@@ -1518,13 +1525,10 @@ class Smtp:
                 with smtp_errors(self.settings, self.session):
                     answers: dict[str, tuple[int, bytes]] = self.session.transact(sender, recipients, message, options)
                     return answers
-            except Unreachable:
+            except Lost as error:
                 self.close()
-                if not reused:
+                if not reused or not isinstance(error, Closed):
                     raise
-            except Lost:
-                self.close()
-                raise
             self.open()
 
     def mail_options(self, message: bytes, addresses: Iterable[str]) -> str:
@@ -1652,9 +1656,11 @@ def session_class() -> type[Any]:
                 if answer[0] == 250:
                     return refused
                 failure = smtplib.SMTPDataError(*answer)
+            self.handed_over = False
             with suppress(smtplib.SMTPServerDisconnected):
-                if begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
-                    self.handed_over = False
+                if begun and not all(200 <= code < 600 for code, _ in replies):
+                    self.close()  # whatever this server speaks, it shall not deliver an empty message
+                elif begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
                     self.send(b".\r\n")
                     self.getreply()
                 self.rset()
@@ -1690,6 +1696,7 @@ def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
 
     where = f"{settings.smtp_host} port {settings.smtp_port}"
     cure = "is the server running, are SMTP_HOST and SMTP_PORT right?"
+    gone = Closed if session else Unreachable
     try:
         yield
     except (OSError, ValueError) as error:
@@ -1703,10 +1710,9 @@ def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
             codes = [error.smtp_code]
         else:
             lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
-            raise (Unreachable if lost and isinstance(error, OSError) else Error)(reason, cure) from None
+            raise (gone if lost and isinstance(error, OSError) else Error)(reason, cure) from None
         temporary = TemporaryError if all(400 <= code < 500 for code in codes) else Error
-        kind = Unreachable if 421 in codes else temporary
-        raise kind(without_secrets(str(error), settings), prefix="") from None
+        raise (gone if 421 in codes else temporary)(without_secrets(str(error), settings), prefix="") from None
 
 
 def without_secrets(answer: str, settings: Settings) -> str:
@@ -1726,11 +1732,12 @@ class Api:
         from urllib import request
 
         self.settings, self.own_return_path, self.attempts = settings, own_return_path, 0
+        self.connection = kept_connection()
         in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
         self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
         for handler in (
             request.ProxyHandler({} if in_the_clear else None),
-            kept_connection(),
+            self.connection,
             request.HTTPErrorProcessor(),
             request.HTTPDefaultErrorHandler(),
         ):
@@ -1782,6 +1789,8 @@ class Api:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
                 raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
+            if self.connection.reused:  # closed before all of the request was there
+                return self.post(body)
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
             raise Unreachable(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
         except (InvalidURL, ValueError):
@@ -1848,11 +1857,14 @@ def kept_connection() -> Any:
     class Handler(request.AbstractHTTPHandler):
         http_request = https_request = request.AbstractHTTPHandler.do_request_
         connection: Any = None
-        opened = 0.0
+        reused, opened = False, 0.0
 
         def connect(self, host: str, *, kind: type[client.HTTPConnection], timeout: float) -> Any:
             idle = self.connection and self.connection.kept
-            if not idle or select([idle], [], [], 0)[0] or monotonic() > self.opened + CONNECTION_LIFE:
+            self.reused = (
+                bool(idle) and not select([idle], [], [], 0)[0] and monotonic() < self.opened + CONNECTION_LIFE
+            )
+            if not self.reused:
                 tls = {"context": ssl.create_default_context()} if kind is client.HTTPSConnection else {}
                 self.connection, self.opened = kept(kind)(host, timeout=timeout, **tls), monotonic()
             return self.connection
@@ -2262,7 +2274,7 @@ def run(options: Options, settings: Settings) -> int:
     files = list_files(options.files, outbox=bool(options.sent))
     if options.sent:
         check_sent(options.sent, files)
-    worker = Worker(options, settings)
+    worker, report = Worker(options, settings), Report(options.report) if options.report else None
     many, stopped = len(files) != 1, False
 
     def halt(*_: object) -> None:
@@ -2275,29 +2287,30 @@ def run(options: Options, settings: Settings) -> int:
         signal(number, halt)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
-    with open_report(options.report) as report:
-        for outcome in outcomes(worker, files, options.jobs, lambda: stopped):
-            counts[outcome.code] += 1
-            if terminal:
-                say("", 2, end="\r\x1b[K")
-            for remark in outcome.remarks:
-                if not options.quiet and remark not in told:
-                    warn(remark)
-                    told.add(remark)
-            for line in outcome.lines if not options.quiet else []:
-                say(line)
-            for line in outcome.errors:
-                complain(f"{PROGRAM}: {outcome.file}: {line.removeprefix(f'{PROGRAM}: ')}" if many else line)
-            if outcome.code is not None:
-                report(outcome)
-            if terminal:
-                say(progress(counts, len(files), perf_counter() - started), 2, end="")
+    for outcome in outcomes(worker, files, options.jobs, lambda: stopped):
+        counts[outcome.code] += 1
+        if terminal:
+            say("", 2, end="\r\x1b[K")
+        for remark in outcome.remarks:
+            if not options.quiet and remark not in told:
+                warn(remark)
+                told.add(remark)
+        for line in outcome.lines if not options.quiet else []:
+            say(line)
+        for line in outcome.errors:
+            complain(f"{PROGRAM}: {outcome.file}: {line.removeprefix(f'{PROGRAM}: ')}" if many else line)
+        if report and outcome.code is not None:
+            report.add(outcome)
+        if terminal:
+            say(progress(counts, len(files), perf_counter() - started), 2, end="")
     if terminal:
         say("", 2, end="\r\x1b[K")
     counts[EXIT_TEMPORARY] += len(files) - sum(counts.values())
     if many and options.sends and (not options.quiet or counts[EXIT_FAILED] or counts[EXIT_TEMPORARY]):
         say(summary(counts, perf_counter() - started))
-    return EXIT_FAILED if counts[EXIT_FAILED] else EXIT_TEMPORARY if counts[EXIT_TEMPORARY] else EXIT_OK
+    if counts[EXIT_FAILED] or (report and report.broken):
+        return EXIT_FAILED
+    return EXIT_TEMPORARY if counts[EXIT_TEMPORARY] else EXIT_OK
 
 
 def progress(counts: Mapping[int | None, int], total: int, seconds: float) -> str:
@@ -2313,27 +2326,35 @@ def summary(counts: Mapping[int | None, int], seconds: float) -> str:
     return f"Sent {sent} of {total} messages in {seconds:.1f} seconds ({sent / seconds:.0f} per second){others}"
 
 
-@contextmanager
-def open_report(path: str | None) -> Iterator[Callable[[Outcome], None]]:
-    """Append a line of JSON for each outcome to this file, if one is named. Raises Error where it cannot be opened."""
-    import json
+class Report:
+    """A file to which a line of JSON is appended for each message."""
 
-    if path is None:
-        yield lambda outcome: None
-        return
-    try:
-        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1)  # noqa: SIM115
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror}", "--report needs a file it can write") from None
-    empty: dict[str, object] = {
-        "message_id": None,
-        "sender": None,
-        "accepted": list[str](),
-        "refused": dict[str, str](),
-    }
-    empty |= {"error": None, "id": None, "seconds": 0.0, "attempts": 0}
-    with file:
-        yield lambda outcome: print(json.dumps({"file": outcome.file, **empty, **outcome.record}), file=file)
+    def __init__(self, path: str) -> None:
+        """Raises Error where it cannot be opened."""
+        self.path, self.broken = path, False
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}", "--report needs a file it can write") from None
+
+    def add(self, outcome: Outcome) -> None:
+        """Complain the first time that it cannot be written; the messages go on."""
+        import json
+
+        line: dict[str, object] = {
+            "file": outcome.file,
+            "message_id": None,
+            "sender": None,
+            "accepted": [],
+            "refused": {},
+        }
+        line |= {"error": None, "id": None, "seconds": 0.0, "attempts": 0} | dict(outcome.record)
+        try:
+            os.write(self.descriptor, json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            if not self.broken:
+                complain(f"{PROGRAM}: {self.path}: {error.strerror} - the report is not complete")
+            self.broken = True
 
 
 def say(line: str, descriptor: int = 1, end: str = "\n") -> None:
