@@ -11,15 +11,16 @@ The way of a message, top to bottom in this file:
     message file -> header fields + MIME entity -> Envelope
     key folder -> Signer, and a certificate for every recipient
     entity -> made fit for transport -> signed entity -> encrypted entity     (bytes in, bytes out)
-    header fields + entity -> transport.deliver(message, envelope) -> Receipt -> report, exit code
+    header fields + entity -> transport.deliver(message, envelope) -> Receipt -> Outcome -> report, exit code
 
 Nothing leaves before every step ahead of it has succeeded, and nothing leaves less protected than was asked.
 
-S/MIME hides and seals the body: the text, its markup and its attachments. It does not hide From, To, Cc, Subject,
-Date or any other header field, nor the size of a message, nor that it was sent.
+S/MIME hides and seals the body: the text, its markup and its attachments. It does not hide From, To, Cc, Date or any
+other header field, and the Subject only with --protect_headers; nor the size of a message, nor that it was sent.
 
-Followed here: RFC 8551 and 8550 (S/MIME 4.0), 5652 (CMS), 5322, 2045 to 2047 and 2231 (messages), 5321, 6531 and
-3207 (SMTP, international addresses, STARTTLS).
+Followed here: RFC 8551 and 8550 (S/MIME 4.0), 5652, 5083, 5084 and 5753 (CMS, AES-GCM, elliptic curves), 9788 (header
+protection), 5322, 2045 to 2047 and 2231 (messages), 5321, 6531, 3207 and 2920 (SMTP, international addresses,
+STARTTLS, pipelining).
 
 Exit codes: 0, every recipient was accepted; 1, something was refused or is wrong; 2, the command line is wrong;
 75, a temporary failure: the same command may succeed later.
