@@ -1927,33 +1927,48 @@ def locked(path: str) -> Iterator[None]:
 
 
 def read_note(path: str) -> list[str]:
-    """Who has this message of an outbox already, as a note of this very file (by its inode) says. Raises Error."""
+    """Who has this message of an outbox already, if a note of this very file says so. Raises Error."""
     import json
 
     note = f"{path}.accepted"
     try:
         with open(note) as file:
             kept = json.load(file)
-        return list(kept["accepted"]) if kept["inode"] == os.stat(path).st_ino else []
+        accepted = kept["accepted"] if kept["file"] == identity(path) else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError):
         raise Error(f"{note} cannot be read", "delete it to send the message to everybody") from None
+    if accepted is None:
+        cure = "see to the others and move the message away, or delete this note to send it to everybody"
+        raise Error(f"{note}: the API has accepted the message for some recipients, and did not say which", cure)
+    return list(accepted)
 
 
-def write_note(path: str, accepted: Iterable[str]) -> None:
-    """Keep who has this message, so that no crash and no power cut loses it. Raises OSError."""
+def write_note(path: str, accepted: list[str] | None) -> None:
+    """Keep who has this message, None where that is unknown, through crashes and power cuts. Raises OSError."""
     import json
 
     note = f"{path}.accepted"
-    with open(os.open(f"{note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump({"inode": os.stat(path).st_ino, "accepted": list(accepted)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{note}.new", note)
+    try:
+        with open(os.open(f"{note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump({"file": identity(path), "accepted": accepted}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{note}.new", note)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(f"{note}.new")
+        raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def identity(path: str) -> list[int]:
+    """What tells this file from another that comes to have its name."""
+    status = os.stat(path)
+    return [status.st_ino, status.st_mtime_ns]
 
 
 def move_to(sent: str, path: str) -> None:
@@ -1969,11 +1984,13 @@ def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
     """The message files; a folder stands for its *.eml in name order, which only an outbox may lack. Raises Error."""
     files = []
     for path in paths:
-        try:
-            names = sorted(os.listdir(path)) if os.path.isdir(path) else None
-        except OSError as error:
-            raise Error(f"{path}: {error.strerror}") from None
-        found = [path] if names is None else [os.path.join(path, name) for name in names if name.endswith(".eml")]
+        found = [path]
+        if os.path.isdir(path):
+            try:
+                names = sorted(name for name in os.listdir(path) if name.endswith(".eml") and name[0] != ".")
+            except OSError as error:
+                raise Error(f"{path}: {error.strerror}") from None
+            found = [os.path.join(path, name) for name in names]
         if not found and not outbox:
             raise Error(f"{path}: no *.eml file is in this directory", "name a message, or the directory of some")
         files += found
@@ -1981,15 +1998,22 @@ def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
 
 
 def check_sent(sent: str, files: Iterable[str]) -> None:
-    """Raise Error where messages could not be moved to this folder by renaming."""
-    if not os.path.isdir(sent):
-        raise Error(f"{sent}: there is no such folder", "make it, or name another one with --sent")
-    if not os.access(sent, os.W_OK | os.X_OK):
-        raise Error(f"{sent}: messages cannot be moved to this folder", "may you write there?")
-    device = os.stat(sent).st_dev
+    """Try whether messages can be moved to this folder. Raises Error."""
     for folder in {os.path.dirname(path) or "." for path in files}:
-        if os.path.isdir(folder) and os.stat(folder).st_dev != device:
-            raise Error(f"{sent}: this folder is on another file system than {folder}", "name one beside it")
+        probe = os.path.join(folder, f".{PROGRAM}.{os.getpid()}")
+        try:
+            if os.path.samefile(folder, sent):
+                raise Error(f"{sent}: the messages are in this very folder", "name another one with --sent")
+            os.close(os.open(probe, os.O_CREAT | os.O_EXCL, 0o600))
+            try:
+                os.rename(probe, os.path.join(sent, os.path.basename(probe)))
+            except OSError:
+                os.unlink(probe)
+                raise
+            os.unlink(os.path.join(sent, os.path.basename(probe)))
+        except OSError as error:
+            cure = "both must exist on one file system, and you must be allowed to write in both"
+            raise Error(f"{folder}: messages cannot be moved to {sent}: {error.strerror}", cure) from None
 
 
 # ----------------------------------------------------------------------------------------------------- program
@@ -2109,11 +2133,14 @@ class Worker:
         elif options.send_api:
             self.transport = Api(settings, own_return_path=bool(options.return_path))
         self.unreachable = 0  # messages in a row for which the server was out of reach
+        self.hopeless = ""  # why it is useless, or would do harm, to go on
 
     def process(self, path: str) -> Outcome:
         """Deliver one message file, and move it where it came from an outbox."""
         if self.unreachable >= ENOUGH_FAILURES:
-            reason = "the server is out of reach: the rest is not tried"
+            self.hopeless = "the server is out of reach"
+        if self.hopeless:
+            reason = f"{self.hopeless}: the rest is not tried"
             return Outcome(path, EXIT_TEMPORARY, {"error": reason}, [reason])
         try:
             with locked(path) if self.options.sent else nullcontext():
@@ -2137,16 +2164,21 @@ class Worker:
             lines = self.transport.open() + lines
         receipts: list[Receipt] = []
         troubles: list[str] = []
-        wanted = sum(len(envelope.recipients) for _, envelope in message.copies)
+        accepted: list[str] = []
+        count, wanted = 0, sum(len(envelope.recipients) for _, envelope in message.copies)
         for content, envelope in message.copies:
             receipts.append(self.hand_over(content, envelope, gone=bool(receipts and receipts[-1].lost)))
             accepted = [each for receipt in receipts for each in receipt.accepted]
-            if sent and 0 < len(accepted) < wanted:
-                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, had + accepted)
+            unknown = sum(receipt.unknown for receipt in receipts)
+            count = len(accepted) + unknown
+            if sent and 0 < count < wanted:
+                note = None if unknown else had + accepted
+                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, note)
         seconds = perf_counter() - started
-        count = len(accepted) + sum(receipt.unknown for receipt in receipts) if receipts else 0
         if sent and count == wanted:
             troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path)
+        if troubles:
+            self.hopeless = "the outbox cannot be written"
         answers = list(dict.fromkeys(line for receipt in receipts for line in receipt.lines))
         failed = [each for receipt in receipts if not (receipt.accepted or receipt.unknown) for each in receipt.refused]
         missed = [each for each in failed if not any(f"{each!r}: (" in line for line in answers)]
@@ -2158,12 +2190,14 @@ class Worker:
             lines.append(f"OK for {count} of {wanted} recipients - in {seconds:.3f} seconds")
         code = EXIT_OK
         if troubles or count < wanted:
-            temporary = not troubles and all(receipt.temporary for receipt in receipts) and (sent or not count)
+            temporary = (
+                not troubles and all(each.temporary for each in receipts if each.refused) and (sent or not count)
+            )
             code = EXIT_TEMPORARY if temporary else EXIT_FAILED
         record = {
             "message_id": message.identifier,
             "sender": message.sender,
-            "accepted": [each for receipt in receipts for each in receipt.accepted],
+            "accepted": accepted,
             "refused": {each: reason for receipt in receipts for each, reason in receipt.refused.items()},
             "error": "; ".join(answers + troubles) or None,
             "id": next((receipt.identifier for receipt in receipts if receipt.identifier), None),
@@ -2192,7 +2226,7 @@ def trouble(what: str, act: Callable[..., None], *words: object) -> list[str]:
     try:
         act(*words)
     except OSError as error:
-        return [f"{PROGRAM}: {what}: {error.strerror} - else the next run sends it again"]
+        return [f"{PROGRAM}: {what}: {error.strerror} - the next run may send it again"]
     return []
 
 
@@ -2242,8 +2276,8 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
                 path = under_way.pop(end)
                 try:
                     yield end.recv()
-                except EOFError:
-                    text = f"{path}: its process was killed; the message may have been sent"
+                except (EOFError, OSError):
+                    text = "its process was killed; the message may have been sent"
                     yield Outcome(path, EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
                 else:
                     hand_out(end)
@@ -2299,7 +2333,8 @@ def run(options: Options, settings: Settings) -> int:
         for line in outcome.lines if not options.quiet else []:
             say(line)
         for line in outcome.errors:
-            complain(f"{PROGRAM}: {outcome.file}: {line.removeprefix(f'{PROGRAM}: ')}" if many else line)
+            what = line.removeprefix(f"{PROGRAM}: ").removeprefix(f"{outcome.file}: ")
+            complain(f"{PROGRAM}: {outcome.file}: {what}" if many else line)
         if report and outcome.code is not None:
             report.add(outcome)
         if terminal:
