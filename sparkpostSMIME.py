@@ -40,7 +40,8 @@ Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by S
   FILE.eml               The message to send; - reads it from standard input, and a folder stands for its *.eml files.
   --sign                 Sign with the private key in ADDRESS.pem (or .p12, .pfx), where ADDRESS is the one in From;
                          SMIME_KEY_PASSWORD is its passphrase.
-  --encrypt              Encrypt for every recipient, with the certificate in the ADDRESS.crt (or .cer) of each.
+  --encrypt              Encrypt for every recipient, with the certificate in the ADDRESS.crt (or .cer, .p12, .pfx)
+                         of each.
   --opaque               With --sign, wrap the text into the signature, where no server can alter it.
   --protect_headers      Carry the header under the signature too; with --encrypt, hide the Subject (RFC 9788).
   --archive ADDRESS      Let the owner of ADDRESS.crt open the encrypted message too; it is not sent there.
@@ -64,7 +65,7 @@ Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by S
   --sent DIR             Move each file to this folder once every recipient has its message, and let no other run
                          send it meanwhile: what is left is what the next run sends.
   --report FILE          Append a line of JSON for each message to this file.
-  --quiet                Print errors only, and the last line where something failed.
+  --quiet                Print errors and warnings only, and the last line where something failed.
   --version              Print the version.
   -h, --help             Print this help.
 
@@ -74,6 +75,11 @@ Exit codes: 0 every recipient accepted; 1 something was refused or is wrong; 2 w
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     print(HELP, end="")  # before anything else is loaded
     raise SystemExit
+
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal
+
+if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
+    signal(SIGINT, SIG_DFL)  # so that Ctrl-C leaves no traceback until run() handles it
 
 import io
 import os
@@ -85,6 +91,7 @@ import warnings
 from argparse import ArgumentParser, HelpFormatter
 from base64 import b64encode
 from binascii import b2a_base64
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
@@ -106,28 +113,21 @@ try:
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-    from cryptography.hazmat.primitives.ciphers import Cipher
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-    from cryptography.hazmat.primitives.ciphers.modes import CBC
     from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
-    from cryptography.hazmat.primitives.keywrap import aes_key_wrap
-    from cryptography.hazmat.primitives.padding import PKCS7
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
     from cryptography.hazmat.primitives.serialization.pkcs7 import (
         PKCS7EnvelopeBuilder,
         PKCS7Options,
         PKCS7SignatureBuilder,
     )
-    from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, PublicKeyAlgorithmOID
-    from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 except ImportError as missing:
     raise SystemExit(
         f"sparkpostSMIME.py: the package {missing.name} is missing or too old - pip install -r requirements.txt"
     ) from None
 
+ODD_CERTIFICATES = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm)
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Extension = TypeVar("Extension")
 
@@ -215,7 +215,7 @@ class Options(NamedTuple):
     send_smtp: bool
     send_api: bool
     keys: str
-    ca_file: str
+    ca_file: str | None
     skip_checks: list[str]
     env_file: str | None
     return_path: str | None
@@ -283,6 +283,18 @@ class Receipt(NamedTuple):
     unknown: int = 0
     identifier: str = ""
 
+    def plus(self, other: Receipt) -> Receipt:
+        """What became of this copy and another one of the same message."""
+        return Receipt(
+            self.accepted + other.accepted,
+            {**self.refused, **other.refused},
+            list(dict.fromkeys([*self.lines, *other.lines])),
+            self.temporary and (other.temporary or not other.refused),
+            other.lost,
+            self.unknown + other.unknown,
+            self.identifier or other.identifier,
+        )
+
 
 class Prepared(NamedTuple):
     """A message made ready: its copies, with the envelope of each, and what a report says of it."""
@@ -322,13 +334,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         add(f"--{name}", action="store_true")
     add("--jobs", type=int, default=1)
     add("--recipient", action="append", default=[])
-    for name in ("env_file", "return_path", "report", "sent"):
+    for name in ("ca_file", "env_file", "return_path", "report", "sent"):
         add(f"--{name}")
     add("--archive", action="append", default=[])
     add("--cipher", choices=("aes256-cbc", "aes256-gcm"), default="aes256-cbc")
     add("--rsa_padding", choices=("pkcs1v15", "pss_oaep"), default="pkcs1v15")
     add("--keys", default=".")
-    add("--ca_file", default="")
     add("--skip_checks", action="extend", type=lambda text: text.split(","), default=[])
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = Options(**vars(parser.parse_args(argv)))
@@ -340,6 +351,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         parser.error("--protect_headers needs a signature or encryption: add --sign or --encrypt")
     if options.archive and not options.encrypt:
         parser.error("--archive is about encrypted messages: add --encrypt")
+    if "" in (options.ca_file, options.sent, options.report):
+        parser.error("--ca_file, --sent and --report need a name: is a variable of your shell empty?")
     if options.jobs < 1:
         parser.error("--jobs must be 1 or more")
     if options.sent and (not options.sends or "-" in options.files):
@@ -744,7 +757,6 @@ def encode_parameter(match: re.Match[bytes]) -> bytes:
 
     No character set is named, for the message names none: readers go on guessing, as with the raw bytes.
     """
-
     name, value = match.groups()
     if value.isascii():
         return match[0]
@@ -771,16 +783,31 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
 
     Under a clear signature, "From " at the start of a line and blanks at its end are at risk too.
     """
-    lines = entity.split(b"\n")
     return (
         entity.isascii()
         and b"\0" not in entity
-        and entity.count(b"\r") == len(lines) - 1
-        and max(map(len, lines)) <= LONGEST_LINE + 1  # a CR counts here
-        and len(lines[-1]) <= LONGEST_LINE
+        and entity.count(b"\r") == entity.count(b"\n")
+        and not has_long_line(entity)
         and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity))
-        and not (clear and (entity.endswith((b" ", b"\t")) or b" \r" in entity or b"\t\r" in entity))
+        and not (clear and (entity.endswith((b" ", b"\t")) or b" \r" in entity))
+        and not (clear and b"\t" in entity and b"\t\r" in entity)  # a tab is rare, and found faster
     )
+
+
+def has_long_line(entity: bytes) -> bool:
+    """Whether a line has over 998 bytes before its CRLF; looks only where a line could end at the latest."""
+    start = 0
+    while len(entity) - start > LONGEST_LINE:
+        start = entity.rfind(b"\n", start, start + LONGEST_LINE + 2) + 1
+        if not start:
+            return True
+    return False
+
+
+def is_called_eight_bit(entity: bytes) -> bool:
+    """Whether a part says that it is 8bit or binary; piece by piece, to spare memory."""
+    pieces = (entity[start : start + 66_000].lower() for start in range(0, len(entity), 65_000))
+    return any(re.search(CALLED_EIGHT_BIT, piece) for piece in pieces)
 
 
 def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
@@ -789,7 +816,7 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
     A part already signed is left alone. `default` is the type of an entity that names none. Raises Error.
     """
     entity = to_crlf(raw)
-    if is_fit(entity, clear=clear) and not re.search(CALLED_EIGHT_BIT, entity.lower()):
+    if is_fit(entity, clear=clear) and not is_called_eight_bit(entity):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
@@ -908,11 +935,15 @@ def quoted_printable(data: bytes) -> bytes:
     )
 
 
-def base64_lines(data: bytes) -> bytes:
-    """Base64 in lines of 76 characters (RFC 2045 section 6.8), made in pieces to spare memory."""
+def base64_lines(data: bytes, before: bytes = b"") -> bytes:
+    """Base64 in lines of 76 characters (RFC 2045 section 6.8), written piece by piece to spare memory."""
+    lines = io.BytesIO()
+    lines.write(before)
     piece = 57 * 1024  # 57 bytes make a line
-    pieces = (data[start : start + piece] for start in range(0, len(data), piece))
-    return CRLF.join(wrap(b2a_base64(piece, newline=False)) for piece in pieces)
+    for start in range(0, len(data), piece):
+        lines.write(CRLF if start else b"")
+        lines.write(wrap(b2a_base64(data[start : start + piece], newline=False)))
+    return lines.getvalue()
 
 
 def wrap(text: bytes) -> bytes:
@@ -945,7 +976,8 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
         fields, body = with_legacy_display(fields, body, line, depth=0)
     inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
     if hide:
-        inner += [fit_field(b"HP-Outer: " + tidy(field)) for field in outer if field_name(field) != "mime-version"]
+        inner += [b"HP-Outer: " + tidy(field) for field in outer if field_name(field) != "mime-version"]
+    inner = [CRLF.join(map(fold, field.split(CRLF))) for field in inner]
     fields = with_parameter(fields, b"hp", b"cipher" if hide else b"clear")
     return b"".join(field + CRLF for field in inner + fields) + CRLF + body, outer
 
@@ -969,12 +1001,13 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     """The fields, with this parameter in Content-Type, whatever the author has put there; without it for no value."""
     old = rb"(?si)(%b)|;\s*%b(?:\*\d*\*?)?\s*=\s*(?:%b|[^\s;]*)" % (BYTES_QUOTED, name, BYTES_QUOTED)
     parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
-    return [
-        re.sub(old, lambda match: match[1] or b"", field).rstrip(b"; \t\r\n") + parameter
-        if field_name(field) == "content-type"
-        else field
-        for field in fields
-    ]
+
+    def changed(field: bytes) -> bytes:
+        kind, _, others = re.sub(old, lambda match: match[1] or b"", field).partition(b";")
+        others = others.rstrip(b"; \t\r\n")
+        return kind.rstrip() + parameter + (b";" + others if others else b"")  # first, where nothing odd can hide it
+
+    return [changed(field) if field_name(field) == "content-type" else field for field in fields]
 
 
 def with_legacy_display(fields: list[bytes], body: bytes, line: str, *, depth: int) -> tuple[list[bytes], bytes]:
@@ -1011,8 +1044,7 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
     part["Content-Type"] = (field_texts(fields, "content-type") or ["text/plain"])[0]
     encoding = transfer_encoding(fields)
     try:
-        charset = part.get_content_charset("us-ascii")
-        text = decoded(body, encoding).decode(charset)
+        text = decoded(body, encoding).decode(part.get_content_charset("us-ascii"))
     except (LookupError, ValueError, TypeError):
         return fields, body
     if not line:
@@ -1021,13 +1053,14 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
         fields = [b"Content-Type: text/plain", *fields]
     tags = [tag for tag in re.finditer(COMMENT_OR_BODY, text) if not tag[0].startswith("<!--")] if html else []
     place = tags[0].end() if tags else 0
-    shown = f'<div class="header-protection-legacy-display"><pre>{escape(line)}</pre></div>' if html else f"{line}\r\n"
+    shown = (
+        f'<div class="header-protection-legacy-display"><pre>{escape(line).replace("&#x27;", "&apos;")}</pre></div>'
+        if html
+        else f"{line}\r\n"
+    )
     text = f"{text[:place]}{shown}\r\n{text[place:]}"
-    try:
-        content = text.encode(charset, "xmlcharrefreplace" if html else "strict")
-    except UnicodeEncodeError:
-        content = text.encode()
-        fields = with_parameter(fields, b"charset", b"utf-8")
+    content = text.encode(errors="replace")
+    fields = with_parameter(fields, b"charset", b"utf-8")
     if encoding == "base64" or b"\0" in content:
         encoding, body = "base64", base64_lines(content)
     else:
@@ -1043,7 +1076,6 @@ class Keyring:
 
     def __init__(self, options: Options, settings: Settings) -> None:
         """Raises Error where the CA certificates cannot be read."""
-
         self.folder, self.password, self.skipped = options.keys, settings.key_password, options.skip_checks
         self.roots = read_keys(settings.ca_file)[1] if settings.ca_file else []
         self.now = datetime.now(timezone.utc)
@@ -1080,18 +1112,22 @@ class Keyring:
         if not own:
             raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
         chain = [certificate for certificate in certificates if certificate not in own]
-        return Signer(key, self.choose(own, chain, address, path, "sign"), chain)
+        return Signer(key, self.choose(own, chain, address, path, "signatures"), chain)
 
     def load_recipient(self, address: str) -> x509.Certificate:
         """The certificate of an address: one that is not in its file as an issuer. Raises Error."""
-        cure = f"a signed message from {address} holds it: see Key files in the README"
+        cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        issuers = [issuer for _, issuer, subject in map(identifiers, certificates) if issuer != subject]
-        own = [certificate for certificate in certificates if identifiers(certificate)[2] not in issuers]
-        own = [certificate for certificate in own if not is_authority(certificate)] or own
+        named = [each for each in certificates if email_addresses(each)]
+        own = [each for each in named if same_address(address) in map(same_address, email_addresses(each))] or named
+        if not own:  # only the file's name says whose they are
+            names = {each: (raw_fields(each)[4], raw_fields(each)[2]) for each in certificates}
+            issuers = [issuer for subject, issuer in names.values() if issuer != subject]
+            own = [each for each, (subject, issuer) in names.items() if subject not in issuers]
+            own = [each for each in own if len({*names[each]}) == 1 or not is_authority(each)]
         chain = [certificate for certificate in certificates if certificate not in own]
-        return self.choose(own, chain, address, path, "encrypt")
+        return self.choose(own, chain, address, path, "encryption")
 
     def choose(
         self, own: Sequence[x509.Certificate], chain: Sequence[x509.Certificate], address: str, path: str, purpose: str
@@ -1100,7 +1136,7 @@ class Keyring:
 
         Warns of the faults in skipped checks, and of what needs care soon.
         """
-        judged = [(list(self.faults(certificate, chain, address, purpose)), certificate) for certificate in own]
+        judged = [(list(self.faults(each, chain, address, purpose)), each) for each in own]
         usable = [(faults, each) for faults, each in judged if all(fault[0] in self.skipped for fault in faults)]
         if not usable:
             which = " with serial number {:X}" if len(own) > 1 else ""
@@ -1110,22 +1146,20 @@ class Keyring:
                 for check, what, cure in faults
                 if check not in self.skipped
             ]
-            raise Error("; ".join(reasons or [f"{address}: {path}: no certificate is in this file"]))
+            raise Error("; ".join(reasons or [f"{address}: {path}: no certificate of that address is in this file"]))
         faults, chosen = max(usable, key=lambda item: (-len(item[0]), item[1].not_valid_before_utc))
         remarks = [what for _, what, _ in faults]
         if not email_addresses(chosen):
             remarks.append("names no address: only its file's name says whose it is")
         if 0 <= (chosen.not_valid_after_utc - self.now).days < 30:
             remarks.append(f"ends on {chosen.not_valid_after_utc:%Y-%m-%d}")
-        for remark in remarks:
-            self.remarks.append(f"{address}: {path}: this certificate {remark}")
+        self.remarks += [f"{address}: {path}: this certificate {remark}" for remark in remarks]
         return chosen
 
     def faults(
         self, certificate: x509.Certificate, chain: Sequence[x509.Certificate], address: str, purpose: str
     ) -> Iterator[tuple[str, str, str]]:
         """Each check that a certificate fails, what is wrong, and the cure (RFC 8550 sections 3 and 4.4)."""
-
         begin, end, key = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.public_key()
         if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
             yield "kind", "holds a key for RSASSA-PSS only", "get one with a plain RSA key"
@@ -1137,20 +1171,18 @@ class Keyring:
         if named and same_address(address) not in map(same_address, named):
             yield "address", f"belongs to {', '.join(named)}", f"get the one for {address}"
         usage, extended = extension(certificate, x509.KeyUsage), extension(certificate, x509.ExtendedKeyUsage)
-        if usage and purpose == "sign" and not (usage.digital_signature or usage.content_commitment):
-            yield "usage", "is not for signatures (its key usage)", "get one for S/MIME"
-        if (
-            usage
-            and purpose == "encrypt"
-            and not (usage.key_encipherment if is_rsa(certificate) else usage.key_agreement)
-        ):
-            yield "usage", "is not for encryption (its key usage)", "get one for S/MIME"
+        bits: tuple[str, ...] = ("digital_signature", "content_commitment")
+        if purpose != "signatures":
+            bits = ("key_encipherment" if is_rsa(certificate) else "key_agreement",)
+        if usage and not any(getattr(usage, bit) for bit in bits):
+            yield "usage", f"is not for {purpose} (its key usage)", "get one for S/MIME"
         if extended and not serves_mail(extended):
             yield "usage", "is not for e-mail (its extended key usage)", "get one for S/MIME"
         if isinstance(key, rsa.RSAPublicKey) and key.key_size < SMALLEST_RSA_KEY:
             yield "key_size", f"holds an RSA key of {key.key_size} bits", f"get one of {SMALLEST_RSA_KEY} or more"
-        if self.roots and not vouched_for(certificate, chain, self.roots, min(max(self.now, begin), end)):
-            yield "chain", "is not issued by a CA in the CA file", "add the issuer's certificate to its own file"
+        if self.roots and (gap := chain_fault(certificate, chain, self.roots, min(max(self.now, begin), end))):
+            cure = "are its issuers' certificates in its own file, and current?"
+            yield "chain", f"has no valid chain to a CA in the CA file ({gap})", cure
 
 
 def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> str:
@@ -1173,18 +1205,16 @@ def read_keys(
     Reads PKCS #12, PEM with whatever text around it, and a certificate in DER. Raises Error, which tells nothing of
     what the file holds.
     """
-
     bag = private and path.endswith(KEY_SUFFIXES[1:])
     data = read_file(path, secret=private)
     locked = bag or b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
-    key, certificates = None, []
+    key: object = None
+    certificates: list[x509.Certificate] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
             if bag:
-                content = load_pkcs12(data, password.encode() or None)
-                key = content.key
-                certificates = [each.certificate for each in (content.cert, *content.additional_certs) if each]
+                key, certificates = load_bag(data, password)
             elif private:
                 key = load_pem_private_key(data, password.encode() if locked and password else None)
             if not bag and b"-----BEGIN CERTIFICATE" in data:
@@ -1193,23 +1223,32 @@ def read_keys(
                 certificates = [x509.load_der_x509_certificate(data)]
             for certificate in certificates:  # parsed when first asked for
                 certificate.public_key(), certificate.subject, certificate.extensions
-    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm):
+    except (ValueError, TypeError, *ODD_CERTIFICATES):
         cure = "it must hold one in PEM form" if private else "it must hold some in PEM form, or one in DER"
-        if locked and private:
+        if bag:
+            cure = "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
+        elif locked and private:
             cure = "is SMIME_KEY_PASSWORD right?" if password else "it has a passphrase: set SMIME_KEY_PASSWORD"
-        what = "private key" if private else "certificate"
+        what = "private key" if private and not bag else "key or certificate" if bag else "certificate"
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
     signs = isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey))
     return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
 
 
-def identifiers(certificate: x509.Certificate) -> tuple[bytes, bytes, bytes]:
-    """Serial number, issuer and subject in DER: the bytes that the certificate has, however odd they are."""
-    elements = children(certificate.tbs_certificate_bytes)
-    serial, _, issuer, _, subject = (
-        elements[1:6] if elements[0][0] == 0xA0 else elements[:5]
-    )  # version 1 does not say so
-    return serial, issuer, subject
+def load_bag(data: bytes, password: str) -> tuple[object, list[x509.Certificate]]:
+    """Key and certificates of PKCS #12; without a passphrase too, where another file needs it. Raises ValueError."""
+    from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+
+    try:
+        bag = load_pkcs12(data, password.encode() or None)
+    except ValueError:
+        bag = load_pkcs12(data, None)
+    return bag.key, [each.certificate for each in (bag.cert, *bag.additional_certs) if each]
+
+
+def raw_fields(certificate: x509.Certificate) -> list[bytes]:
+    """Serial number, algorithm, issuer, validity, subject and so on, in the bytes that it has, however odd they are."""
+    return [each for each in children(certificate.tbs_certificate_bytes) if each[0] != 0xA0]  # the version
 
 
 def children(der: bytes) -> list[bytes]:
@@ -1229,21 +1268,18 @@ def extension(certificate: x509.Certificate, kind: type[Extension]) -> Extension
 
 
 def is_rsa(certificate: x509.Certificate) -> bool:
-
     return certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
-
     constraints = extension(certificate, x509.BasicConstraints)
     return bool(constraints and constraints.ca)
 
 
 def serves_mail(usage: Iterable[object]) -> bool:
     """Whether an extended key usage is good for S/MIME (RFC 8550 section 4.4.4)."""
-    return any(
-        each in (ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE) for each in usage
-    )
+    good = {ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    return not good.isdisjoint(usage)
 
 
 def email_addresses(certificate: x509.Certificate) -> list[str]:
@@ -1259,30 +1295,31 @@ def email_addresses(certificate: x509.Certificate) -> list[str]:
 
 def same_address(address: str) -> str:
     """What two spellings of an address have in common; mail readers take no account of case either."""
-    return wire_address(address).lower()
+    return wire_address(address).encode().lower().decode()  # in ASCII alone
 
 
-def vouched_for(
+def chain_fault(
     certificate: x509.Certificate, chain: Sequence[x509.Certificate], roots: list[x509.Certificate], moment: datetime
-) -> bool:
-    """Whether one of the roots stands at the end of a certificate's chain at this moment (RFC 5280 section 6)."""
+) -> str:
+    """Why no chain leads from a certificate to a root at this moment (RFC 5280 section 6); empty where one does."""
+    from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
-    def check_usage(_: object, __: object, usage: x509.ExtendedKeyUsage | None) -> None:
-        if usage and not serves_mail(usage):
-            raise ValueError("not for e-mail")
+    def check(_: object, __: object, usage: Any) -> None:
+        if usage and not (usage.key_cert_sign if isinstance(usage, x509.KeyUsage) else serves_mail(usage)):
+            raise ValueError("its issuer is not for e-mail")
 
-    leaf = ExtensionPolicy.permit_all()  # its extensions are checks of their own
-    issuer = ExtensionPolicy.webpki_defaults_ca().may_be_present(
-        x509.ExtendedKeyUsage, Criticality.AGNOSTIC, check_usage
-    )
-    builder = PolicyBuilder().store(Store(roots)).time(moment)
+    leaf, issuer = ExtensionPolicy.permit_all(), ExtensionPolicy.webpki_defaults_ca()  # a leaf has checks of its own
+    for kind in (x509.ExtendedKeyUsage, x509.KeyUsage):
+        issuer = issuer.may_be_present(kind, Criticality.AGNOSTIC, check)
+    builder = PolicyBuilder().store(Store(roots)).time(moment).extension_policies(ca_policy=issuer, ee_policy=leaf)
     try:
-        builder.extension_policies(ca_policy=issuer, ee_policy=leaf).build_client_verifier().verify(
-            certificate, [*chain]
-        )
-    except VerificationError:
-        return False
-    return True
+        path = builder.build_client_verifier().verify(certificate, list(chain)).chain
+    except VerificationError as error:
+        return str(error)
+    names = extension(certificate, x509.SubjectAlternativeName)
+    compared = names.get_values_for_type(x509.RFC822Name) if names else []  # the library looks at no other addresses
+    limited = any(extension(each, x509.NameConstraints) for each in path[1:])
+    return "an issuer is limited to names" if limited and not set(email_addresses(certificate)) <= {*compared} else ""
 
 
 # ------------------------------------------------------------------------------------------------------ S/MIME
@@ -1293,17 +1330,19 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
 
     With `pss`, an RSA key signs by RSASSA-PSS with a salt as long as the digest (RFC 4056).
     """
-
+    pss = pss and isinstance(signer.key, rsa.RSAPrivateKey)
     scheme = padding.PSS(padding.MGF1(SHA256()), padding.PSS.DIGEST_LENGTH) if pss else None
-    if not isinstance(signer.key, rsa.RSAPrivateKey):
-        scheme = None
     builder = PKCS7SignatureBuilder().set_data(entity)
     builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=scheme)
     for certificate in signer.chain:  # last, for the calls before it drop what was added
         builder = builder.add_certificate(certificate)
+    detached = [] if opaque else [PKCS7Options.DetachedSignature]
+    try:
+        signature = builder.sign(Encoding.DER, [PKCS7Options.Binary, *detached])
+    except ValueError:
+        raise Error("the signer's key is too small to sign so", "use one of 2048 bits or more") from None
     if opaque:
-        return cms_entity("signed-data", builder.sign(Encoding.DER, [PKCS7Options.Binary]))
-    signature = builder.sign(Encoding.DER, [PKCS7Options.Binary, PKCS7Options.DetachedSignature])
+        return cms_entity("signed-data", signature)
     while (boundary := b"----=_" + os.urandom(16).hex().encode()) in entity:
         pass
     parts = (
@@ -1320,30 +1359,34 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
     return b"".join(parts)
 
 
-def encrypt(entity: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool) -> bytes:
-    """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error."""
+def encrypt(
+    entity: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool, before: bytes = b""
+) -> bytes:
+    """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error.
+
+    `before` is the header that comes before it, here to spare a copy.
+    """
     recipients = list(dict.fromkeys(certificates))
     try:
         if gcm or oaep or not all(map(is_rsa, recipients)):
-            return cms_entity(
-                "authEnveloped-data" if gcm else "enveloped-data", envelope(entity, recipients, gcm=gcm, oaep=oaep)
-            )
+            kind = "authEnveloped-data" if gcm else "enveloped-data"
+            return cms_entity(kind, envelope(entity, recipients, gcm=gcm, oaep=oaep), before)
         builder = PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
         for certificate in recipients:
             builder = builder.add_recipient(certificate)
-        return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [PKCS7Options.Binary]))
+        return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [PKCS7Options.Binary]), before)
     except ValueError:
         raise Error("a recipient's certificate holds a key that cannot encrypt", "ask for a new one") from None
 
 
-def cms_entity(kind: str, der: bytes) -> bytes:
+def cms_entity(kind: str, der: bytes, before: bytes = b"") -> bytes:
     """A CMS object as a MIME entity (RFC 8551 section 3.2)."""
     header = (
         f"Content-Type: application/pkcs7-mime; smime-type={kind};\r\n\tname=smime.p7m\r\n"
         "Content-Transfer-Encoding: base64\r\n"
         "Content-Disposition: attachment; filename=smime.p7m\r\n\r\n"
     )
-    return header.encode() + base64_lines(der) + CRLF
+    return base64_lines(der, before + header.encode())
 
 
 # ------------------------------------------------------------- CMS in DER, where the PKCS7 builders cannot make it
@@ -1351,6 +1394,11 @@ def cms_entity(kind: str, der: bytes) -> bytes:
 
 def envelope(content: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool) -> bytes:
     """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
+    from cryptography.hazmat.primitives.ciphers import Cipher
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.ciphers.modes import CBC
+    from cryptography.hazmat.primitives.padding import PKCS7
+
     key, nonce = os.urandom(32), os.urandom(12 if gcm else 16)
     if gcm:
         sealed = AESGCM(key).encrypt(nonce, content, None)
@@ -1360,21 +1408,18 @@ def envelope(content: bytes, certificates: Iterable[x509.Certificate], *, gcm: b
         pad, cipher = PKCS7(128).padder(), Cipher(AES256(key), CBC(nonce)).encryptor()
         sealed, tag = cipher.update(pad.update(content) + pad.finalize()) + cipher.finalize(), b""
         algorithm = sequence(oid("2.16.840.1.101.3.4.1.42"), octets(nonce))
-    infos = sorted(
-        recipient_info(certificate, key, oaep=oaep) for certificate in certificates
-    )  # a SET OF, X.690 section 11.6
+    infos = sorted(recipient_info(each, key, oaep=oaep) for each in certificates)  # a SET OF, X.690 section 11.6
     version = 0 if gcm or all(info[0] == 0x30 for info in infos) else 2
-    body = [
-        integer(version),
-        element(0x31, *infos),
-        sequence(oid("1.2.840.113549.1.7.1"), algorithm, element(0x80, sealed)),
-    ]
+    sealed = sequence(oid("1.2.840.113549.1.7.1"), algorithm, element(0x80, sealed))
     kind = "1.2.840.113549.1.9.16.1.23" if gcm else "1.2.840.113549.1.7.3"
-    return sequence(oid(kind), element(0xA0, sequence(*body, tag)))
+    return sequence(oid(kind), element(0xA0, sequence(integer(version), element(0x31, *infos), sealed, tag)))
 
 
 def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> bytes:
     """The key of the content, for the owner of a certificate: by RSA (RFC 3370, RFC 3560) or by ECDH (RFC 5753)."""
+    from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
+    from cryptography.hazmat.primitives.keywrap import aes_key_wrap
+
     public = certificate.public_key()
     if isinstance(public, rsa.RSAPublicKey):
         sha256 = sequence(oid("2.16.840.1.101.3.4.2.1"))
@@ -1403,7 +1448,7 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
 
 def named(certificate: x509.Certificate) -> bytes:
     """IssuerAndSerialNumber (RFC 5652 section 10.2.4)."""
-    serial, issuer, _ = identifiers(certificate)
+    serial, _, issuer = raw_fields(certificate)[:3]
     return sequence(issuer, serial)
 
 
@@ -1504,9 +1549,7 @@ class Smtp:
             waiting = [address for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS]
             refused |= {address: answer for address, answer in answers.items() if address not in waiting}
         lines = [without_secrets(str(refused), self.settings)] if refused else []
-        missed = [spelt[address] for address in waiting if f"{address!r}: (" not in told]
         lines += [told] if told else []
-        lines += [f"{PROGRAM}: not sent to {', '.join(missed)}"] if missed else []
         temporary = temporary and all(400 <= code < 500 for code, _ in refused.values())
         reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
         reasons |= {spelt[address]: told for address in waiting}
@@ -1650,9 +1693,10 @@ def session_class() -> type[Any]:
             elif not begun:
                 failure = smtplib.SMTPDataError(*replies[-1])
             else:
-                if b"\n." in message:  # a line that is a lone dot would end it, RFC 5321 section 4.5.2
+                if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
                     message = message.replace(b"\n.", b"\n..")
-                self.send(message + (b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"))
+                self.send(message)
+                self.send(b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n")
                 answer, begun = self.getreply(), False
                 if answer[0] == 250:
                     return refused
@@ -1907,23 +1951,18 @@ def locked(path: str) -> Iterator[None]:
     """Hold a message file against other runs. Raises Elsewhere where one has it or has moved it, and Error."""
     from fcntl import LOCK_EX, LOCK_NB, flock
 
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    try:  # NFS locks only what may be written
+        file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
+        flock(file, LOCK_EX | LOCK_NB)
+        moved = os.stat(path).st_ino != os.fstat(file.fileno()).st_ino
+    except (BlockingIOError, FileNotFoundError):
         raise Elsewhere from None
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
-    try:
-        try:
-            flock(descriptor, LOCK_EX | LOCK_NB)
-            moved = os.stat(path).st_ino != os.fstat(descriptor).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            moved = True
+    with file:
         if moved:
             raise Elsewhere
         yield
-    finally:
-        os.close(descriptor)
 
 
 def read_note(path: str) -> list[str]:
@@ -2039,13 +2078,14 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     everybody = [*served.recipients, *served.hidden, *options.archive] if options.encrypt else []
     signer, certificates = keyring.load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
-    if options.sign or options.encrypt:
-        entity = make_entity(fields, body, clear=options.sign and not options.opaque)
-    else:
-        entity = CRLF + to_crlf(body)
+    clear = options.sign and not options.opaque
+    protected = options.sign or options.encrypt
+    entity = make_entity(fields, body, clear=clear) if protected else CRLF + to_crlf(body)
     del body
     if options.protect_headers:
         entity, header = protect_headers(entity, header, hide=options.encrypt)
+        if clear and not is_fit(entity, clear=True):
+            raise Error("a header field is unfit for a clear signature", "use --opaque")
     strong = options.rsa_padding == "pss_oaep"
     if signer:
         keyring.remarks += date_remarks(header)
@@ -2054,11 +2094,11 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     archive = [certificates[address] for address in options.archive]
     copies = []
     for copy in plan_copies(served, certificates, options, keyring.remarks):
-        content = entity
         if options.encrypt:
-            keys = [certificates[recipient] for recipient in copy.recipients]
-            content = encrypt(entity, keys + archive, gcm=options.cipher == "aes256-gcm", oaep=strong)
-        content = head + content
+            keys = [certificates[recipient] for recipient in copy.recipients] + archive
+            content = encrypt(entity, keys, gcm=options.cipher == "aes256-gcm", oaep=strong, before=head)
+        else:
+            content = head + entity
         copies.append((content if options.sends or line_end == CRLF else content.replace(CRLF, line_end), copy))
     identifier = field_texts(header, "message-id")[0]
     return Prepared(copies, envelope.sender, identifier, people)
@@ -2097,15 +2137,15 @@ def plan_copies(
     """
     if not options.encrypt:
         return [envelope] if envelope.recipients else []
-    groups: list[tuple[str, ...]] = [
-        tuple(each for each in envelope.recipients if is_rsa(certificates[each]) is kind) for kind in (True, False)
-    ]
-    if not options.sends:
-        if all(groups):
-            remarks.append("the printed message serves RSA and elliptic curve keys, which some readers cannot open")
-        return [envelope]
-    groups += [(recipient,) for recipient in envelope.hidden]
-    return [Envelope(envelope.sender, group) for group in groups if group]
+    groups = [envelope.recipients]
+    if options.sends:
+        kinds = {each: is_rsa(certificates[each]) for each in envelope.recipients}
+        groups = [tuple(each for each in kinds if kinds[each] is kind) for kind in (True, False)]
+        groups += [(recipient,) for recipient in envelope.hidden]
+    groups = [group for group in groups if group]
+    if any(len({is_rsa(certificates[each]) for each in (*group, *options.archive)}) > 1 for group in groups):
+        remarks.append("a message serves RSA and elliptic curve keys together, and some readers cannot open it")
+    return [Envelope(envelope.sender, group) for group in groups]
 
 
 def date_remarks(header: Iterable[bytes]) -> list[str]:
@@ -2162,49 +2202,40 @@ class Worker:
         started, attempts = perf_counter(), self.transport.attempts
         if message.copies:
             lines = self.transport.open() + lines
-        receipts: list[Receipt] = []
-        troubles: list[str] = []
-        accepted: list[str] = []
+        total, troubles = Receipt((), {}, temporary=True), list[str]()
         count, wanted = 0, sum(len(envelope.recipients) for _, envelope in message.copies)
         for content, envelope in message.copies:
-            receipts.append(self.hand_over(content, envelope, gone=bool(receipts and receipts[-1].lost)))
-            accepted = [each for receipt in receipts for each in receipt.accepted]
-            unknown = sum(receipt.unknown for receipt in receipts)
-            count = len(accepted) + unknown
+            total = total.plus(self.hand_over(content, envelope, gone=total.lost))
+            count = len(total.accepted) + total.unknown
             if sent and 0 < count < wanted:
-                note = None if unknown else had + accepted
+                note = None if total.unknown else [*had, *total.accepted]
                 troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, note)
         seconds = perf_counter() - started
         if sent and count == wanted:
             troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path)
         if troubles:
             self.hopeless = "the outbox cannot be written"
-        answers = list(dict.fromkeys(line for receipt in receipts for line in receipt.lines))
-        failed = [each for receipt in receipts if not (receipt.accepted or receipt.unknown) for each in receipt.refused]
-        missed = [each for each in failed if not any(f"{each!r}: (" in line for line in answers)]
-        if count and missed:
-            answers.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
-        if lines and count == wanted:
-            lines.append(f"OK - in {seconds:.3f} seconds")
-        elif lines and count:
-            lines.append(f"OK for {count} of {wanted} recipients - in {seconds:.3f} seconds")
-        code = EXIT_OK
-        if troubles or count < wanted:
-            temporary = (
-                not troubles and all(each.temporary for each in receipts if each.refused) and (sent or not count)
-            )
-            code = EXIT_TEMPORARY if temporary else EXIT_FAILED
+        errors = [*total.lines, *troubles]
+        missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.lines)]
+        if count and missed and not total.unknown:
+            errors.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
+        if lines and count:
+            some = "" if count == wanted else f" for {count} of {wanted} recipients"
+            lines.append(f"OK{some} - in {seconds:.3f} seconds")
+        code = EXIT_OK if count == wanted and not troubles else EXIT_FAILED
+        if code and total.temporary and not troubles and (sent or not count):
+            code = EXIT_TEMPORARY
         record = {
             "message_id": message.identifier,
             "sender": message.sender,
-            "accepted": accepted,
-            "refused": {each: reason for receipt in receipts for each, reason in receipt.refused.items()},
-            "error": "; ".join(answers + troubles) or None,
-            "id": next((receipt.identifier for receipt in receipts if receipt.identifier), None),
+            "accepted": list(total.accepted),
+            "refused": dict(total.refused),
+            "error": "; ".join(errors) or None,
+            "id": total.identifier or None,
             "seconds": round(seconds, 3),
             "attempts": self.transport.attempts - attempts,
         }
-        return Outcome(path, code, record, lines=lines, errors=answers + troubles)
+        return Outcome(path, code, record, lines=lines, errors=errors)
 
     def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
         """Deliver one copy, unless the server is gone."""
@@ -2250,17 +2281,17 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
     from multiprocessing import get_context
     from multiprocessing.connection import wait
 
-    fork, waiting = get_context("fork"), iter(files)
+    fork, waiting = get_context("fork"), deque(files)
     processes: list[Any] = []
     ends: list[Any] = []
     under_way: dict[Any, str] = {}
 
     def hand_out(end: Any) -> None:
-        path = None if halted() else next(waiting, None)
-        with suppress(OSError):  # the process is gone
+        path = waiting[0] if waiting and not halted() else None
+        with suppress(OSError):  # the process is gone, and another gets the file
             end.send(path)
             if path is not None:
-                under_way[end] = path
+                under_way[end] = waiting.popleft()
 
     try:
         for _ in range(min(jobs, len(files))):
@@ -2290,8 +2321,6 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
 
 def serve(worker: Worker, end: Any, others: Iterable[Any]) -> None:
     """Work on the files that come through a pipe, until none does, or whoever sends them is gone."""
-    from signal import SIG_IGN, SIGINT, SIGTERM, signal
-
     for other in others:
         other.close()
     for number in (SIGINT, SIGTERM):
@@ -2304,13 +2333,11 @@ def serve(worker: Worker, end: Any, others: Iterable[Any]) -> None:
 
 def run(options: Options, settings: Settings) -> int:
     """Send or print all messages. Returns the exit code; raises Error where none can be sent."""
-    from signal import SIGINT, SIGTERM, signal
-
     files = list_files(options.files, outbox=bool(options.sent))
     if options.sent:
         check_sent(options.sent, files)
     worker, report = Worker(options, settings), Report(options.report) if options.report else None
-    many, stopped = len(files) != 1, False
+    many, stopped = len(files) != 1 or bool(options.sent), False
 
     def halt(*_: object) -> None:
         nonlocal stopped
@@ -2319,28 +2346,29 @@ def run(options: Options, settings: Settings) -> int:
         stopped = True
 
     for number in (SIGINT, SIGTERM):
-        signal(number, halt)
+        if getsignal(number) != SIG_IGN:  # as nohup has it
+            signal(number, halt)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
-    for outcome in outcomes(worker, files, options.jobs, lambda: stopped):
+    for outcome in outcomes(worker, files, options.jobs if options.sends else 1, lambda: stopped):
         counts[outcome.code] += 1
         if terminal:
-            say("", 2, end="\r\x1b[K")
+            say("", descriptor=2, end="\r\x1b[K")
         for remark in outcome.remarks:
-            if not options.quiet and remark not in told:
-                warn(remark)
+            if remark not in told:
+                complain(f"{PROGRAM}: warning: {f'{outcome.file}: ' if many else ''}{remark}")
                 told.add(remark)
-        for line in outcome.lines if not options.quiet else []:
-            say(line)
+        if outcome.lines and not options.quiet:
+            say(*outcome.lines)
         for line in outcome.errors:
             what = line.removeprefix(f"{PROGRAM}: ").removeprefix(f"{outcome.file}: ")
             complain(f"{PROGRAM}: {outcome.file}: {what}" if many else line)
         if report and outcome.code is not None:
             report.add(outcome)
         if terminal:
-            say(progress(counts, len(files), perf_counter() - started), 2, end="")
+            say(progress(counts, len(files), perf_counter() - started), descriptor=2, end="")
     if terminal:
-        say("", 2, end="\r\x1b[K")
+        say("", descriptor=2, end="\r\x1b[K")
     counts[EXIT_TEMPORARY] += len(files) - sum(counts.values())
     if many and options.sends and (not options.quiet or counts[EXIT_FAILED] or counts[EXIT_TEMPORARY]):
         say(summary(counts, perf_counter() - started))
@@ -2393,19 +2421,19 @@ class Report:
             self.broken = True
 
 
-def say(line: str, descriptor: int = 1, end: str = "\n") -> None:
-    """Write a line to standard output at once, whatever characters it holds; that nobody reads it is no failure."""
+def say(*lines: str, descriptor: int = 1, end: str = "\n") -> None:
+    """Write lines to standard output at once, whatever characters they hold; that nobody reads them is no failure."""
+    shown = [
+        line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
+        for line in lines
+    ]
     with suppress(OSError), open(descriptor, "w", errors="backslashreplace", closefd=False) as output:
-        output.write("".join(c if c.isprintable() or c == "\t" else "?" for c in line) + end)
+        output.write("\n".join(shown) + end)
 
 
 def complain(line: str) -> None:
     """Write a line to standard error."""
-    say(line, 2)
-
-
-def warn(text: str) -> None:
-    complain(f"{PROGRAM}: warning: {text}")
+    say(line, descriptor=2)
 
 
 def occupy_standard_streams() -> None:
@@ -2429,7 +2457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         unclear = "; a message under way may have been sent" if options.send_smtp or options.send_api else ""
         complain(f"{PROGRAM}: interrupted{unclear}")
-        return EXIT_FAILED
+        return EXIT_TEMPORARY
 
 
 if __name__ == "__main__":

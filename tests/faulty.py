@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 import socketserver
 import ssl
 import subprocess
@@ -75,6 +76,7 @@ class Dialogue(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.server.busy += 1
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.secure, self.awaited = False, ""
         self.stream = self.request.makefile("rb")
 
@@ -87,24 +89,27 @@ class Dialogue(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer line by line until either side ends it."""
         mail = Mail("", "", [], b"")
-        refused = False
+        begun: bool | None = None  # whether MAIL was accepted
         with suppress(OSError):
             self.answer("connect")
             while line := self.hear():
                 text = line.decode(errors="replace").rstrip("\r\n")
-                if refused and text[:4].upper() in ("RCPT", "DATA"):
-                    self.request.sendall(b"503 5.5.1 MAIL first\r\n")
+                if (begun is False and text[:4].upper() in ("RCPT", "DATA")) or (begun and text[:4].upper() == "MAIL"):
+                    self.request.sendall(b"503 5.5.1 not now\r\n")
                     continue
                 good = self.answer(self.awaited + text)
                 if found := re.fullmatch(r"MAIL FROM:<(.*)>((?: [^<>]+)?)", text, re.IGNORECASE):
-                    mail, refused = Mail(found[1], found[2], [], b""), not good
+                    mail, begun = Mail(found[1], found[2], [], b""), good
                 elif good and (found := re.fullmatch(r"RCPT TO:<(.*)>", text, re.IGNORECASE)):
                     mail.recipients.append(found[1])
                 elif good and text.upper() == "STARTTLS":
                     self.encrypt()
                 elif good and text.upper() == "DATA":
                     self.server.mails.append(mail._replace(content=self.take_content()))
+                    begun = None
                     self.answer("dot")
+                elif text.upper() == "RSET":
+                    begun = None
                 elif text.upper() == "QUIT":
                     break
 
@@ -208,7 +213,7 @@ Send = Callable[..., Outcome]
 LOADER = """
 import importlib.util, socket, sys
 specification = importlib.util.spec_from_file_location("program", {script!r})
-program = importlib.util.module_from_spec(specification)
+sys.modules["program"] = program = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(program)
 {patch}
 sys.exit(program.main())

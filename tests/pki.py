@@ -127,14 +127,15 @@ def certify(
     issuer: x509.Name,
     issuer_key: PrivateKey,
     *,
-    authority: bool = False,
+    authority: bool | None = False,
     names: Sequence[x509.GeneralName] = (),
     usages: Sequence[str] | None = None,
     purposes: Sequence[x509.ObjectIdentifier] = (),
+    more: Sequence[x509.ExtensionType] = (),
     begin: datetime.datetime = NOW - 1000 * DAY,
     days: int = 5000,
 ) -> x509.Certificate:
-    """A certificate, with the usual key usage unless `usages` says another; what is empty gets no extension."""
+    """A certificate, with the usual key usage unless `usages` says another; what is empty or None gets no extension."""
     if usages is None:
         agreement = "key_agreement" if isinstance(key, ec.EllipticCurvePrivateKey) else "key_encipherment"
         usages = ["key_cert_sign", "crl_sign"] if authority else ["digital_signature", agreement]
@@ -146,10 +147,11 @@ def certify(
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(begin + days * DAY)
-        .add_extension(x509.BasicConstraints(authority, None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
+    if authority is not None:
+        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
     if usages:
         usage = x509.KeyUsage(**{usage: usage in usages for usage in USAGES})
         builder = builder.add_extension(usage, critical=True)
@@ -157,6 +159,8 @@ def certify(
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    for value in more:
+        builder = builder.add_extension(value, critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
 
 

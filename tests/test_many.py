@@ -96,7 +96,7 @@ def test_every_message_is_told_as_if_alone_and_a_last_line_sums_up(run: Run, ser
 
 def test_a_folder_stands_for_its_messages_in_name_order(run: Run, serve: Serve, folder: Path) -> None:
     server, files = serve(), letters(folder / "out", 12)
-    for name in ("00000.txt", "00000.eml~", ".00000.eml.tmp"):
+    for name in ("00000.txt", "00000.eml~", ".00000.eml.tmp", ".00000.eml"):
         (folder / "out" / name).write_bytes(mail())
     (folder / "out" / "deeper").mkdir()
     (folder / "out" / "deeper" / "00000.eml").write_bytes(mail())
@@ -202,6 +202,16 @@ def test_the_lines_of_one_message_stay_together_among_several_workers(run: Run, 
     assert re.fullmatch(f"(?:{MESSAGE.format('out/.*')}{OK})+{SUMMARY.format(24, 24)}\n", told)
     assert sorted(re.findall(r"out/(\d+)", told)) == sorted(taken(server)) == names(files)
     assert opened == len(connections(server)) == 4
+
+
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_printed_messages_are_whole_whoever_makes_them(jobs: str, run: Run, folder: Path) -> None:
+    files = letters(folder / "out", 6, Date="Mon, 24 Nov 2025 10:00:00 +0000", Message_ID="<{}@thetucks.com>")
+    for path in files:
+        path.write_bytes(path.read_bytes() + b"A line of text.\r\n" * 30_000)  # more than a pipe holds
+    alone = [run(file).stdout for file in files]
+    together = run(*files, "--jobs", jobs).stdout
+    assert sorted(re.split(b"(?m)^(?=From: )", together)[1:]) == alone
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "x", "1.5", ""])
@@ -329,7 +339,7 @@ def steady(text: str) -> str:
 @pytest.mark.parametrize("out", [False, True], ids=["stderr", "stdout and stderr"])
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_the_progress_line_leaves_nothing_behind(jobs: str, out: bool, run: Run, serve: Serve, folder: Path) -> None:
-    server = serve({"MAIL FROM:<m2@": SPAM, "dot": slow(0.25)})
+    server = serve({"MAIL FROM:<m2@": SPAM, "dot": slow(0.1)})
     files = letters(folder / "out", 5, From_="m{}@thetucks.com")
     arguments: list[str | Path] = [*files, "--send_smtp", "--jobs", jobs]
     output, piped = on_terminal(folder, *arguments, out=out, **to(server))
@@ -346,7 +356,7 @@ def test_the_progress_line_leaves_nothing_behind(jobs: str, out: bool, run: Run,
 def test_no_progress_line_where_none_is_wanted(count: int, quiet: bool, serve: Serve, folder: Path) -> None:
     letters(folder / "out", count)
     output, _ = on_terminal(
-        folder, "out", "--send_smtp", *["--quiet"] * quiet, out=False, **to(serve({"dot": slow(0.3)}))
+        folder, "out", "--send_smtp", *["--quiet"] * quiet, out=False, **to(serve({"dot": slow(0.1)}))
     )
     assert screen(output) == ""
     assert quiet or not output

@@ -213,7 +213,7 @@ def test_a_broken_dialogue_is_temporary_and_tells_what_may_have_been_sent(
 
 @pytest.mark.parametrize("end", ["250 2.0.0 queued", NOBODY, LastWord(CLOSING)])
 def test_the_go_ahead_for_nobody_is_ended_with_a_lone_dot(end: str, run: Run, serve: Serve, folder: Path) -> None:
-    server = serve(
+    server: Faulty = serve(
         {STEVET_TO: UNKNOWN, "dot": lambda _: "250 2.0.0 queued" if server.mails[-1].content else end}, PIPELINING
     )
     first, second = letters(folder / "out", 2)

@@ -1,0 +1,627 @@
+"""A folder as an outbox (--sent): nothing is lost, and nothing is sent twice but what a kill -9 leaves in doubt."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import API_KEY, BOB, CAROL, SCRIPT, STEVE, STEVET, Run, mail, need
+from faulty import (  # the fixtures among them are used by name
+    LOADER,
+    Answer,
+    Fault,
+    Faulty,
+    LastWord,
+    Serve,
+    sometimes,
+    start_faulty,  # noqa: F401
+)
+from pki import Authority
+from readers import Openssl
+from servers import Postfix, wait_for
+from test_api import ERROR, StandIn, accepted, reply, results
+from test_many import BUSY, LATER, SPAM, SUMMARY, letters, names, slow, taken, to, token
+from test_readers import inner
+
+Start = Callable[..., "subprocess.Popen[str]"]
+SEND = ("out", "--send_smtp", "--sent", "sent")
+DOOMED = """
+import os
+serve, first = program.serve, "first-worker"
+def doomed(worker, end, *rest):
+    try:
+        os.close(os.open(first, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return serve(worker, end, *rest)
+    end.poll(10)  # a message has been handed out
+    os.kill(os.getpid(), 9)
+program.serve = doomed
+"""
+TO_BOB = f"RCPT TO:<{BOB}"
+TO_THREE = mail(To=f"{STEVET}, {BOB}", Bcc=CAROL)
+
+
+@pytest.fixture
+def out(folder: Path) -> Path:
+    """An outbox beside the folder for what is sent."""
+    (folder / "sent").mkdir()
+    (folder / "out").mkdir()
+    return folder / "out"
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Start the program with a process group of its own; what is left of it at the end of the test is killed."""
+    started = []
+
+    def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments],
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def volume(out: Path) -> Iterator[Path]:
+    """A small file system of its own with folders out and sent."""
+    need("mount", "umount", root=True)
+    path = out.parent / "volume"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", path], check=True)
+    for name in ("out", "sent"):
+        (path / name).mkdir()
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """How it ended, workers and all: the pipes close when nobody has them any more."""
+    stdout, stderr = process.communicate(timeout=30)
+    assert "Traceback" not in stdout + stderr, stdout + stderr
+    return process.returncode, stdout, stderr
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def recipients(server: Faulty) -> list[list[str]]:
+    return [each.recipients for each in server.mails if each.content]
+
+
+# --------------------------------------------------------------------------------------------------- what is moved
+
+
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_what_everybody_accepted_is_moved_and_the_next_run_has_nothing_to_do(
+    jobs: str, run: Run, serve: Serve, out: Path
+) -> None:
+    server, files = serve(), letters(out, 12)
+    before = content_of(out)
+    done = run(*SEND, "--jobs", jobs, **to(server))
+    assert (done.returncode, done.stderr, sorted(taken(server))) == (0, b"", names(files))
+    assert (content_of(out), content_of(out.parent / "sent")) == ({}, before)
+    done = run(*SEND, "--jobs", jobs, **to(server))
+    assert (done.returncode, done.stderr, len(server.mails)) == (0, b"", 12)
+    assert re.fullmatch(SUMMARY.format(0, 0) + "\n", done.stdout.decode())
+
+
+def test_single_files_are_moved_too_into_a_folder_within_theirs(run: Run, serve: Serve, out: Path) -> None:
+    server, (first, second, third) = serve(), letters(out, 3)
+    (out / "sent").mkdir()
+    done = run(first, "out/00003.eml", "--send_smtp", "--sent", out / "sent", **to(server))
+    assert (done.returncode, taken(server)) == (0, ["00001", "00003"])
+    assert sorted(content_of(out / "sent")) == [first.name, third.name]
+    assert second.exists()
+
+
+def test_an_older_message_of_the_same_name_is_not_lost(run: Run, serve: Serve, out: Path) -> None:
+    letters(out, 1)
+    (out.parent / "sent" / "00001.eml").write_bytes(b"older")
+    assert run(*SEND, **to(serve())).returncode == 0
+    kept = content_of(out.parent / "sent").values()
+    assert len(kept) == 2
+    assert b"older" in kept
+    assert not content_of(out)
+
+
+@pytest.mark.parametrize(
+    ("stage", "answer", "code"),
+    [("MAIL", LATER, 75), ("RCPT", LATER, 75), ("DATA", LATER, 75), ("dot", LATER, 75), ("dot", SPAM, 1)],
+)
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_every_seventh_that_is_refused_is_left_for_the_next_run(
+    stage: str, answer: str, code: int, jobs: str, run: Run, serve: Serve, out: Path
+) -> None:
+    server = serve({stage: sometimes(answer, lambda number: number % 7 == 0)}, "PIPELINING")
+    files = letters(out, 21)
+    for left, expected in ((3, code), (0, 0)):
+        assert run(*SEND, "--jobs", jobs, **to(server)).returncode == expected
+        assert len(content_of(out)) == left
+    assert sorted(set(taken(server))) == names(files)
+    assert len(taken(server)) == 21 + 3 * (stage == "dot")  # which is written down before it is refused
+
+
+@pytest.mark.parametrize("answer", [BUSY, LastWord(BUSY), Fault.DROP], ids=["421", "421 and closed", "dropped"])
+def test_a_server_that_has_had_enough_gets_the_rest_in_the_next_run(
+    answer: str | Fault, run: Run, serve: Serve, out: Path
+) -> None:
+    files, enough = letters(out, 10), True
+    server: Faulty = serve({"MAIL": lambda _: answer if enough and len(server.mails) >= 6 else "250 2.1.0 ok"})
+    assert run(*SEND, **to(server)).returncode == 75
+    assert names(out.iterdir()) == names(files[6:])
+    enough = False
+    assert run(*SEND, **to(server)).returncode == 0
+    assert taken(server) == names(files)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["out", "--sent", "sent"], ["-", "--send_smtp", "--sent", "sent"], ["out", "--send_smtp", "--sent"]],
+    ids=" ".join,
+)
+def test_sent_needs_files_a_way_and_a_folder(arguments: list[str], run: Run, out: Path) -> None:
+    letters(out, 1)
+    assert run(*arguments, SMTP_HOST="localhost", data=mail()).returncode == 2
+    assert len(content_of(out)) == 1
+
+
+@pytest.mark.parametrize("sent", ["absent", "out/00001.eml", "/dev/shm", "out"])
+def test_a_folder_that_cannot_serve_is_told_before_anything_is_sent(
+    sent: str, run: Run, serve: Serve, out: Path
+) -> None:
+    if sent == "/dev/shm" and os.stat(sent).st_dev == out.stat().st_dev:
+        pytest.skip("needs a second file system")
+    server = serve()
+    letters(out, 2)
+    before = content_of(out)
+    done = run("out", "--send_smtp", "--sent", sent, **to(server))
+    assert (done.returncode, server.lines, content_of(out)) == (1, [], before)
+    assert re.fullmatch(rf"sparkpostSMIME\.py: .*{sent}.*\n", done.stderr.decode())
+
+
+# --------------------------------------------------------------------------------------------- accepted by some only
+
+
+@pytest.mark.parametrize("options", [[], ["--sign", "--encrypt"]], ids=["as it is", "encrypted"])
+@pytest.mark.parametrize(("answer", "code"), [(LATER, 75), (SPAM, 1)], ids=["later", "never"])
+def test_who_has_a_message_is_noted_and_gets_it_no_second_time(
+    answer: str,
+    code: int,
+    options: list[str],
+    run: Run,
+    serve: Serve,
+    out: Path,
+    openssl: Openssl,
+    authority: Authority,
+) -> None:
+    answers: dict[str, Answer] = {TO_BOB: answer}
+    server, message, note = serve(answers), out / "a.eml", out / "a.eml.accepted"
+    message.write_bytes(TO_THREE)
+    groups = [[STEVET], [CAROL]] if options else [[STEVET, CAROL]]
+    for _ in range(2):
+        assert run(*SEND, *options, **to(server)).returncode == code
+        assert recipients(server) == groups
+        assert note.stat().st_mode & 0o777 == 0o600
+        assert set(re.findall(r'[^"]+@[^"]+', json.dumps(json.loads(note.read_text())))) == {STEVET, CAROL}
+        assert sorted(content_of(out)) == ["a.eml", "a.eml.accepted"]
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, *options, **to(server)).returncode == 0
+    assert recipients(server) == [*groups, [BOB]]
+    assert (content_of(out), content_of(out.parent / "sent")) == ({}, {"a.eml": TO_THREE})
+    if options:
+        assert b"Hello" in openssl.verify(openssl.decrypt(inner(server.mails[-1].content), authority.identity(BOB)))
+
+
+def test_what_is_noted_grows_from_run_to_run(run: Run, serve: Serve, out: Path) -> None:
+    server = serve({TO_BOB: LATER, f"RCPT TO:<{CAROL}": LATER})
+    (out / "a.eml").write_bytes(TO_THREE)
+    for address, code in ((CAROL, 75), (BOB, 75), ("", 0)):
+        assert run(*SEND, **to(server)).returncode == code
+        server.answers[f"RCPT TO:<{address}"] = "250 2.1.5 ok"
+    assert recipients(server) == [[STEVET], [CAROL], [BOB]]
+
+
+@pytest.mark.parametrize("how", ["moved here", "written over"])
+def test_a_note_tells_nothing_of_another_message_of_the_same_name(how: str, run: Run, serve: Serve, out: Path) -> None:
+    server, message = serve({TO_BOB: LATER}), out / "a.eml"
+    message.write_bytes(TO_THREE)
+    assert run(*SEND, **to(server)).returncode == 75
+    place = out / "b" if how == "moved here" else message
+    place.write_bytes(TO_THREE.replace(b"Hello", b"Later"))
+    place.rename(message)
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, **to(server)).returncode == 0
+    assert recipients(server) == [[STEVET, CAROL], [STEVET, BOB, CAROL]]
+    assert not content_of(out)
+
+
+@pytest.mark.parametrize("note", ["", "[", "[]", "null", '{"accepted": 5}', "{}", "\xff"], ids=ascii)
+def test_a_damaged_note_loses_no_message(note: str, run: Run, serve: Serve, out: Path) -> None:
+    (out / "a.eml.accepted").write_bytes(note.encode("latin-1"))
+    (out / "a.eml").write_bytes(TO_THREE)
+    (other,) = letters(out, 1)
+    server = serve()
+    done = run(*SEND, **to(server))
+    assert not other.exists()
+    if done.returncode == 0:
+        assert recipients(server) == [[STEVET], [STEVET, BOB, CAROL]]
+        assert not content_of(out)
+    else:
+        assert b"a.eml.accepted" in done.stderr
+        assert (out / "a.eml").read_bytes() == TO_THREE
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "codes", "groups"),
+    [
+        (
+            [accepted(2), reply(503, {"errors": [{"message": "Told"}]}), accepted(1)],
+            ["--encrypt"],
+            [75, 0],
+            [[STEVET, BOB], [CAROL], [CAROL]],
+        ),
+        ([reply(200, {"results": results(2, 1, ERROR)}), accepted(3)], [], [1], [[STEVET, BOB, CAROL]]),
+    ],
+    ids=["the second copy", "somebody, but the API does not say who"],
+)
+def test_who_has_a_message_from_the_api_gets_it_no_second_time(
+    answers: list[bytes | None],
+    options: list[str],
+    codes: list[int],
+    groups: list[list[str]],
+    run: Run,
+    out: Path,
+) -> None:
+    (out / "a.eml").write_bytes(TO_THREE)
+    with StandIn() as api:
+        api.answers = answers
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        done = [run("out", "--send_api", "--sent", "sent", *options, **variables).returncode for _ in range(2)]
+    assert [request.recipients for request in api.requests] == groups
+    assert done[: len(codes)] == codes
+
+
+def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, out: Path) -> None:
+    server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number == 3)}, "PIPELINING")
+    (out / "a.eml").write_bytes(TO_THREE)
+    assert run(*SEND, **to(server)).returncode == 0
+    assert recipients(server) == [[STEVET, BOB], [CAROL]]
+    assert not content_of(out)
+
+
+# ------------------------------------------------------------------------------------------------- runs that overlap
+
+
+def test_a_message_that_another_run_has_is_left_to_it(run: Run, serve: Serve, out: Path) -> None:
+    server, files = serve(), letters(out, 3)
+    with files[1].open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = run(*SEND, **to(server))
+    assert (done.returncode, done.stderr, taken(server)) == (0, b"", ["00001", "00003"])
+    assert re.search(SUMMARY.format(2, 2) + r", 1 under way elsewhere\n\Z", done.stdout.decode())
+    assert sorted(content_of(out)) == ["00002.eml"]
+
+
+def test_a_message_is_locked_while_it_is_sent_and_no_longer(run: Run, serve: Serve, out: Path) -> None:
+    files = letters(out, 2)
+
+    def locks(_: str) -> str:
+        for path in out.iterdir():
+            with path.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    locked.append(path.stem)
+        return SPAM
+
+    locked: list[str] = []
+    assert run(*SEND, **to(serve({"MAIL": locks}))).returncode == 1
+    assert locked == names(files)
+
+
+def test_overlapping_runs_send_each_message_once(start: Start, serve: Serve, out: Path) -> None:
+    server, files = serve({"dot": slow(0.01)}, "PIPELINING"), letters(out, 60)
+    runs = [start(*SEND, "--jobs", jobs, **to(server)) for jobs in ("1", "2", "3")]
+    sent = 0
+    for process in runs:
+        code, stdout, stderr = ended(process)
+        assert (code, stderr) == (0, "")
+        sent += int(re.findall(r"(?m)^Sent (\d+) of \1 messages", stdout)[0])
+    assert (sent, sorted(taken(server)), names((out.parent / "sent").iterdir())) == (60, names(files), names(files))
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["outbox", "plain"])
+def test_a_message_that_vanishes_was_another_runs_in_an_outbox_only(
+    sent: bool, run: Run, serve: Serve, out: Path
+) -> None:
+    files = letters(out, 4)
+    server = serve({"MAIL": lambda _: files[2].unlink(missing_ok=True) or "250 2.1.0 ok"})
+    done = run(*SEND[: 4 if sent else 2], **to(server))
+    assert taken(server) == ["00001", "00002", "00004"]
+    end = "3, 1 under way elsewhere" if sent else "4, 1 refused"
+    assert re.search(SUMMARY.format("3", end[0]) + end[1:] + "\n", done.stdout.decode())
+    assert (done.returncode, b"00003.eml: No such file" in done.stderr) == ((0, False) if sent else (1, True))
+
+
+# -------------------------------------------------------------------------------------------- files and disks at fault
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["outbox", "plain"])
+def test_a_file_that_is_being_written_waits_until_it_is_whole(sent: bool, run: Run, serve: Serve, out: Path) -> None:
+    server, (first, second) = serve(), letters(out, 2)
+    whole = first.read_bytes() + b"The last line.\r\n"
+    os.truncate(first, 100_000_000)  # which takes a while to read
+    writing = f"file = open({str(first)!r}, 'ab', 0)\nwhile True: file.write(b'A line of text.\\r\\n')"
+    with subprocess.Popen([sys.executable, "-c", writing]) as writer:
+        size = first.stat().st_size
+        wait_for(lambda: first.stat().st_size > size)
+        done = run(*SEND[: 4 if sent else 2], **to(server))
+        writer.kill()
+    assert (done.returncode, taken(server)) == (75, ["00002"])
+    assert b"00001.eml" in done.stderr
+    assert second.exists() is not sent
+    first.write_bytes(whole)
+    assert run(*SEND, **to(server)).returncode == 0
+    first_sent = next(each.content for each in server.mails if token(each.content) == "00001")
+    assert first_sent.endswith(b"The last line.\r\n")
+
+
+@pytest.mark.parametrize("shut", ["out", "sent"])
+def test_folders_between_which_nothing_can_be_moved_are_told_before_anything_is_sent(
+    shut: str, run: Run, serve: Serve, out: Path
+) -> None:
+    server, path, root = serve(), out.parent / shut, os.geteuid() == 0
+    letters(out, 2)
+    if root:  # who may write in any folder, but cannot rename from one mount to another, even of the same disk
+        need("mount", "umount")
+        subprocess.run(["mount", "--bind", path, path], check=True)
+    else:
+        path.chmod(0o555)
+    done = run(*SEND, **to(server))
+    if root:
+        subprocess.run(["umount", path], check=True)
+    path.chmod(0o755)
+    assert (done.returncode, server.lines, len(content_of(out))) == (1, [], 2)
+    assert shut.encode() in done.stderr
+
+
+def test_a_read_only_disk_is_told_before_anything_is_sent(run: Run, serve: Serve, volume: Path) -> None:
+    server = serve()
+    letters(volume / "out", 2)
+    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    done = run(volume / "out", "--send_smtp", "--sent", volume / "sent", **to(server))
+    assert (done.returncode, server.lines, len(content_of(volume / "out"))) == (1, [], 2)
+    assert str(volume / "sent").encode() in done.stderr
+
+
+def test_a_folder_that_is_lost_midway_repeats_one_message_at_most(run: Run, serve: Serve, out: Path) -> None:
+    files, sent, elsewhere = letters(out, 6), out.parent / "sent", out.parent / "elsewhere"
+    server: Faulty = serve({"dot": lambda _: lose() if len(server.mails) == 3 else "250 2.0.0 ok"})
+
+    def lose() -> str:
+        sent.rename(elsewhere)
+        return "250 2.0.0 ok"
+
+    done = run(*SEND, **to(server))
+    assert done.returncode in (1, 75)
+    assert b"00003.eml" in done.stderr
+    elsewhere.rename(sent)
+    server.answers["dot"] = "250 2.0.0 queued"
+    assert run(*SEND, **to(server)).returncode == 0
+    assert sorted(set(taken(server))) == names(files)
+    assert len(server.mails) <= 7
+
+
+def test_a_full_disk_loses_nothing(run: Run, serve: Serve, volume: Path) -> None:
+    server = serve({TO_BOB: LATER})
+    (volume / "out" / "a.eml").write_bytes(TO_THREE)
+    with suppress(OSError), (volume / "filler").open("wb", 0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    arguments = (volume / "out", "--send_smtp", "--sent", volume / "sent")
+    done = run(*arguments, **to(server))
+    assert done.returncode in (1, 75)
+    assert b"No space left on device" in done.stderr
+    assert (volume / "out" / "a.eml").read_bytes() == TO_THREE
+    (volume / "filler").unlink()
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*arguments, **to(server)).returncode == 0
+    assert BOB in recipients(server)[-1]
+    assert (content_of(volume / "out"), list(content_of(volume / "sent"))) == ({}, ["a.eml"])
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the parent", "as a terminal does"])
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_a_signal_lets_what_is_under_way_end_and_leaves_the_rest(
+    jobs: str, whole_group: bool, number: signal.Signals, start: Start, run: Run, serve: Serve, out: Path
+) -> None:
+    server, files = serve({"dot": slow(0.1)}, "PIPELINING"), letters(out, 60)
+    process = start(*SEND, "--jobs", jobs, **to(server))
+    wait_for(lambda: len(server.mails) > 4)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    code, stdout, stderr = ended(process)
+    sent = names((out.parent / "sent").iterdir())
+    assert (code, stderr, sorted(taken(server))) == (75, "", sent)
+    assert len(sent) < 20
+    assert re.search(SUMMARY.format(len(sent), 60) + f", {60 - len(sent)} to try again\n\\Z", stdout)
+    assert len(re.findall("(?m)^OK - in", stdout)) == len(sent)
+    server.answers["dot"] = "250 2.0.0 queued"
+    assert run(*SEND, "--jobs", jobs, **to(server)).returncode == 0
+    assert sorted(taken(server)) == names(files)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(("sent", "count", "jobs"), [(False, 1, "1"), (False, 1, "4"), (True, 3, "1"), (False, 3, "2")])
+def test_a_single_message_stops_at_once_and_many_at_the_second_signal(
+    sent: bool, count: int, jobs: str, number: signal.Signals, start: Start, serve: Serve, out: Path
+) -> None:
+    server, files = serve({"dot": Fault.SILENCE}), letters(out, count)
+    process = start(*SEND[: 4 if sent else 2], "--jobs", jobs, **to(server))
+    wait_for(lambda: len(server.mails) == min(count, int(jobs)))
+    os.killpg(process.pid, number)
+    if count > 1:
+        time.sleep(0.3)
+        assert process.poll() is None
+        os.killpg(process.pid, number)
+    began = time.monotonic()
+    code, _, stderr = ended(process)
+    assert time.monotonic() - began < 5
+    assert code in (1, 75)
+    assert "interrupted; a message under way may have been sent" in stderr
+    assert names(out.iterdir()) == names(files)
+
+
+@pytest.mark.parametrize("jobs", ["2", "4"])
+def test_workers_end_when_the_parent_is_killed(jobs: str, start: Start, run: Run, serve: Serve, out: Path) -> None:
+    server, files = serve({"dot": slow(0.1)}, "PIPELINING"), letters(out, 40)
+    process = start(*SEND, "--jobs", jobs, **to(server))
+    wait_for(lambda: len(server.mails) > 4)
+    process.kill()
+    code, _, _ = ended(process)
+    assert code == -signal.SIGKILL
+    assert 4 < len(server.mails) < 20
+    server.answers["dot"] = "250 2.0.0 queued"
+    assert run(*SEND, "--jobs", jobs, **to(server)).returncode == 0
+    assert set(taken(server)) == set(names(files))
+    assert len(server.mails) <= 40 + int(jobs)
+
+
+def test_a_worker_that_is_killed_costs_its_message_and_no_other(start: Start, serve: Serve, out: Path) -> None:
+    server, files = serve({"dot": slow(0.05)}, "PIPELINING"), letters(out, 30)
+    process = start(*SEND, "--jobs", "3", **to(server))
+    wait_for(lambda: len(server.mails) > 4)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    code, stdout, stderr = ended(process)
+    (left,) = out.iterdir()
+    assert code == 75
+    assert re.fullmatch(rf"sparkpostSMIME\.py: out/{left.name}: its .*may have been sent.*\n", stderr)
+    assert re.search(SUMMARY.format(29, 30) + ", 1 to try again", stdout)
+    assert sorted({*taken(server), left.stem}) == names(files)
+
+
+def test_a_worker_that_is_killed_before_it_begins_keeps_no_message_back(serve: Serve, out: Path, folder: Path) -> None:
+    server, files = serve(), letters(out, 12)
+    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=DOOMED), *SEND, "--jobs", "3"]
+    done = subprocess.run(words, cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert b"Traceback" not in done.stderr
+    left = names(out.iterdir())
+    assert (done.returncode, sorted([*taken(server), *left])) == (75 if left else 0, names(files))
+    assert len(left) == len(done.stderr.splitlines()) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------ kill -9
+
+
+def kill_and_run_again(
+    start: Start, run: Run, out: Path, jobs: int, kills: int, arguments: Iterable[str], variables: dict[str, str]
+) -> int:
+    """Kill the program at random moments while it sends an outbox, and let it end at last; how often it was killed."""
+    total, sent, chance, killed = len(content_of(out)), out.parent / "sent", random.Random(), 0
+    words = [*SEND, "--sign", "--quiet", "--jobs", str(jobs), *arguments]
+    for number in range(kills):
+        process = start(*words, **variables)
+        goal = int((number + chance.random()) / kills * total * 0.9)
+        wait_for(lambda: len(os.listdir(sent)) >= goal or process.poll() is not None, 300)  # noqa: B023
+        time.sleep(chance.random() * 0.02)
+        killed += process.poll() is None
+        (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
+    for process in [start(*words, **variables) for _ in range(2)]:  # two that overlap, for the last
+        assert ended(process)[0] == 0
+    assert run(*words, **variables).returncode == 0  # what workers whose parent was killed had under way
+    assert not content_of(out)
+    assert len(content_of(sent)) == total
+    return killed
+
+
+def check(delivered: list[bytes], expected: list[str], repeats: int, openssl: Openssl) -> None:
+    """Every message came, none in part, few twice, and they verify."""
+    assert sorted({token(message) for message in delivered}) == expected
+    assert len(delivered) - len(expected) <= repeats
+    for message in delivered:
+        boundary = re.search(rb'boundary="([^"]+)"', message)
+        assert boundary
+        assert message.rstrip().endswith(b"--" + boundary[1] + b"--")
+    for message in random.sample(delivered, 20):
+        assert openssl.verify(inner(message)).endswith(f"Letter {int(token(message))}\r\n".encode() * 20)
+
+
+@pytest.mark.parametrize(
+    ("count", "jobs", "kills", "wait"),
+    [
+        (100, 1, 6, 0.002),
+        (300, 4, 15, 0.02),
+        pytest.param(*(10_000, 2, 20, 0), marks=pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW is not set")),
+    ],
+)
+def test_an_outbox_survives_kills_at_random_moments(
+    count: int,
+    jobs: int,
+    kills: int,
+    wait: float,
+    start: Start,
+    run: Run,
+    serve: Serve,
+    out: Path,
+    openssl: Openssl,
+    authority: Authority,
+) -> None:
+    authority.identity(STEVE, "P-256").write(out.parent, private=True)
+    server, files = serve({"dot": slow(wait)}, "PIPELINING"), letters(out, count)
+    killed = kill_and_run_again(start, run, out, jobs, kills, [], to(server))
+    assert killed > kills // 2
+    check([each.content for each in server.mails], names(files), jobs * killed, openssl)
+
+
+@pytest.fixture(scope="module")
+def postfix() -> Iterator[Postfix]:
+    need("postfix", "opendkim", "opendkim-genkey", "saslpasswd2", root=True)
+    server = Postfix(Path("no.crt"), Path("no.key"))  # no TLS here
+    yield server
+    server.stop()
+
+
+def test_an_outbox_into_postfix_survives_kills_at_random_moments(
+    start: Start, run: Run, postfix: Postfix, out: Path, openssl: Openssl, authority: Authority
+) -> None:
+    authority.identity(STEVE, "P-256").write(out.parent, private=True)
+    files = letters(out, 500)
+    killed = kill_and_run_again(
+        start, run, out, 2, 20, [], dict(SMTP_HOST="localhost", SMTP_PORT=str(postfix.seven_bit))
+    )
+    assert killed > 10
+    queues = [postfix.folder / "queue" / name for name in ("maildrop", "incoming", "active", "deferred")]
+    wait_for(lambda: not any(path.is_file() for queue in queues for path in queue.rglob("*")), 60)
+    new = [path.read_bytes() for path in (postfix.maildir / "new").iterdir()]
+    check([message.replace(b"\n", b"\r\n") for message in new], names(files), 2 * killed, openssl)
