@@ -30,6 +30,7 @@ Modules that only one way of sending needs are imported where it begins.
 
 from __future__ import annotations
 
+import os
 import sys
 
 HELP = """\
@@ -73,8 +74,8 @@ Exit codes: 0 every recipient accepted; 1 something was refused or is wrong; 2 w
 75 temporary failure, try again later. Variables are read from the environment, then from --env_file.
 """
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    print(HELP, end="")  # before anything else is loaded
-    raise SystemExit
+    print(HELP, end="", flush=True)
+    os._exit(0)  # at once: nothing else is loaded, and to take down what was compiled takes its time too
 
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
@@ -82,7 +83,6 @@ if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
     signal(SIGINT, SIG_DFL)  # so that Ctrl-C leaves no traceback until run() handles it
 
 import io
-import os
 import re
 import socket
 import ssl
@@ -937,12 +937,13 @@ def quoted_printable(data: bytes) -> bytes:
 
 def base64_lines(data: bytes, before: bytes = b"") -> bytes:
     """Base64 in lines of 76 characters (RFC 2045 section 6.8), written piece by piece to spare memory."""
-    lines = io.BytesIO()
+    lines = io.BytesIO(bytes(len(before) + (len(data) + 56) // 57 * 78))  # to grow could take the memory twice
     lines.write(before)
     piece = 57 * 1024  # 57 bytes make a line
     for start in range(0, len(data), piece):
         lines.write(CRLF if start else b"")
         lines.write(wrap(b2a_base64(data[start : start + piece], newline=False)))
+    lines.truncate()
     return lines.getvalue()
 
 
