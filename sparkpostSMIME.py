@@ -1147,7 +1147,9 @@ class Keyring:
                 for check, what, cure in faults
                 if check not in self.skipped
             ]
-            raise Error("; ".join(reasons or [f"{address}: {path}: no certificate of that address is in this file"]))
+            raise Error(
+                "; ".join(reasons) or f"{address}: {path}: only issuers' certificates are in this file - add its own"
+            )
         faults, chosen = max(usable, key=lambda item: (-len(item[0]), item[1].not_valid_before_utc))
         remarks = [what for _, what, _ in faults]
         if not email_addresses(chosen):
@@ -2307,12 +2309,12 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
             for end in list[Any](wait(list(under_way))):
                 path = under_way.pop(end)
                 try:
-                    yield end.recv()
+                    outcome = end.recv()
+                    hand_out(end)  # before the report is printed: nobody waits for that
                 except (EOFError, OSError):
                     text = "its process was killed; the message may have been sent"
-                    yield Outcome(path, EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
-                else:
-                    hand_out(end)
+                    outcome = Outcome(path, EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
+                yield outcome
         for process in processes:
             process.join()
     finally:
