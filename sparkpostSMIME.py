@@ -848,12 +848,18 @@ def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: i
     return fit
 
 
-def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
-    """Type and boundary as the standard library reads them."""
+def content_type(fields: Iterable[bytes], default: str = "text/plain") -> Message:
+    """An entity with this Content-Type, for the standard library to read it."""
     entity = Message()
     entity.set_default_type(default)
     for value in field_texts(fields, "content-type")[:1]:
         entity["Content-Type"] = value
+    return entity
+
+
+def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
+    """Type and boundary as the standard library reads them."""
+    entity = content_type(fields, default)
     try:
         return entity.get_content_type(), entity.get_boundary()
     except (ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form that is nonsense
@@ -1041,11 +1047,9 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
     from html import escape
 
     fields = with_parameter(fields, b"hp-legacy-display", b"")
-    part = Message()
-    part["Content-Type"] = (field_texts(fields, "content-type") or ["text/plain"])[0]
     encoding = transfer_encoding(fields)
     try:
-        text = decoded(body, encoding).decode(part.get_content_charset("us-ascii"))
+        text = decoded(body, encoding).decode(content_type(fields).get_content_charset("us-ascii"))
     except (LookupError, ValueError, TypeError):
         return fields, body
     if not line:
@@ -1254,12 +1258,17 @@ def raw_fields(certificate: x509.Certificate) -> list[bytes]:
     return [each for each in children(certificate.tbs_certificate_bytes) if each[0] != 0xA0]  # the version
 
 
+def content_start(der: bytes, start: int = 0) -> int:
+    """Where the content of the element that begins here begins, behind its tag and length (X.690 section 8.1.3)."""
+    return start + 2 + max(0, der[start + 1] - 0x80)
+
+
 def children(der: bytes) -> list[bytes]:
     """The elements that this element holds, each with its tag and length."""
     found: list[bytes] = []
-    start = end = 2 + max(0, der[1] - 0x80)
+    start = end = content_start(der)
     while end < len(der):
-        content = start + 2 + max(0, der[start + 1] - 0x80)
+        content = content_start(der, start)
         end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
         found.append(der[start:end])
         start = end
@@ -1292,7 +1301,7 @@ def email_addresses(certificate: x509.Certificate) -> list[str]:
         if isinstance(name, x509.RFC822Name):
             found.append(name.value)
         elif isinstance(name, x509.OtherName) and name.type_id.dotted_string == SMTP_UTF8_MAILBOX:
-            found.append(name.value[2 + max(0, name.value[1] - 0x80) :].decode(errors="replace"))  # a DER UTF8String
+            found.append(name.value[content_start(name.value) :].decode(errors="replace"))  # a DER UTF8String
     return found + [str(each.value) for each in certificate.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)]
 
 
@@ -2072,11 +2081,7 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     envelope = read_envelope(fields, options.return_path, options.recipient)
     names = ("From", "To", "Cc", "Bcc")
     people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
-    served = audience(envelope, accepted, options)
-    left_out = set(envelope.hidden) - {*served.recipients, *served.hidden, *accepted}
-    if left_out:
-        names_left_out = ", ".join(each for each in envelope.hidden if each in left_out)
-        keyring.remarks.append(f"the printed copy leaves out the Bcc recipients {names_left_out}")
+    served = audience(envelope, accepted, options, keyring.remarks)
     from_address = author(fields, "from", "sender")
     everybody = [*served.recipients, *served.hidden, *options.archive] if options.encrypt else []
     signer, certificates = keyring.load(from_address if options.sign else "", everybody)
@@ -2115,7 +2120,7 @@ def refuse_stray_recipients(body: bytes) -> None:
         raise Error(f"the header ends at a line that is no field, {line[:60]!r}, above recipients", "mend that line")
 
 
-def audience(envelope: Envelope, accepted: Sequence[str], options: Options) -> Envelope:
+def audience(envelope: Envelope, accepted: Sequence[str], options: Options, remarks: list[str]) -> Envelope:
     """Who is to get the message in this run. Raises Error where it could be printed for nobody.
 
     An encrypted message is printed without its Bcc recipients, whom it would give away, unless --recipient names them.
@@ -2128,6 +2133,8 @@ def audience(envelope: Envelope, accepted: Sequence[str], options: Options) -> E
         return Envelope(envelope.sender, shown + hidden)
     if not shown:
         raise Error("the message has Bcc recipients only, and their copies are not printed", "use --send_smtp")
+    if hidden:
+        remarks.append(f"the printed copy leaves out the Bcc recipients {', '.join(hidden)}")
     return Envelope(envelope.sender, shown)
 
 
@@ -2458,7 +2465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{PROGRAM}: the package {error.name} is missing or too old - pip install -r requirements.txt")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        unclear = "; a message under way may have been sent" if options.send_smtp or options.send_api else ""
+        unclear = "; a message under way may have been sent" if options.sends else ""
         complain(f"{PROGRAM}: interrupted{unclear}")
         return EXIT_TEMPORARY
 
