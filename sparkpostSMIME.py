@@ -77,6 +77,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     print(HELP, end="", flush=True)
     os._exit(0)  # at once: nothing else is loaded, and to take down what was compiled takes its time too
 
+import gc
+
+gc.disable()  # while all is imported, of which nothing is garbage
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
 if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
@@ -126,6 +129,9 @@ except ImportError as missing:
     raise SystemExit(
         f"sparkpostSMIME.py: the package {missing.name} is missing or too old - pip install -r requirements.txt"
     ) from None
+
+gc.freeze()  # no collection need look at what stays
+gc.enable()
 
 ODD_CERTIFICATES = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm)
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -2471,4 +2477,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    os._exit(main())  # at once, as above: all that was written is flushed
