@@ -153,6 +153,7 @@ ENOUGH_FAILURES = 3  # messages in a row for which the server is out of reach
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
+NUMBER = 8  # bytes, of a file's number in the pipe between processes; whole in each read, for its buffer holds so many
 SPARKPOST_HOSTS = (".sparkpostmail.com", ".sparkpostelite.com", ".sparkpost.com")
 CRLF = b"\r\n"
 KEY_SUFFIXES, CERTIFICATE_SUFFIXES = (".pem", ".p12", ".pfx"), (".crt", ".cer")
@@ -2292,44 +2293,57 @@ def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[
 
 
 def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
-    """What becomes of the files, in the hands of so many processes, which each get another when they have done one.
+    """What becomes of the files, in the hands of so many processes, which each take the next when they have done one.
 
-    Processes, because the interpreter's lock would let threads wait for each other.
+    Processes, because the interpreter's lock would let threads wait for each other. They take the numbers of the files
+    from one pipe, where as many more lie ready as there are processes, so that none waits for the report.
     """
     from multiprocessing import get_context
     from multiprocessing.connection import wait
 
-    fork, waiting = get_context("fork"), deque(files)
+    fork, waiting, handed_out = get_context("fork"), deque(range(len(files))), set[int]()
+    taking, giving = fork.Pipe(duplex=False)
     processes: list[Any] = []
     ends: list[Any] = []
-    under_way: dict[Any, str] = {}
 
-    def hand_out(end: Any) -> None:
-        path = waiting[0] if waiting and not halted() else None
-        with suppress(OSError):  # the process is gone, and another gets the file
-            end.send(path)
-            if path is not None:
-                under_way[end] = waiting.popleft()
+    def hand_out(count: int) -> None:
+        while waiting and count:
+            handed_out.add(waiting[0])
+            os.write(giving.fileno(), waiting.popleft().to_bytes(NUMBER, "big"))
+            count -= 1
+        if not waiting:
+            giving.close()  # whoever finds the pipe empty then has done its work
+
+    def take_back() -> None:
+        giving.close()
+        while number := os.read(taking.fileno(), NUMBER):
+            handed_out.remove(int.from_bytes(number, "big"))
 
     try:
         for _ in range(min(jobs, len(files))):
-            end, other = fork.Pipe()
+            end, other = fork.Pipe(duplex=False)
             ends.append(end)
-            processes.append(fork.Process(target=serve, args=(worker, other, ends), daemon=True))
+            processes.append(fork.Process(target=serve, args=(worker, files, taking, other, [giving, *ends])))
             processes[-1].start()
             other.close()
-        for end in ends:
-            hand_out(end)
-        while under_way:
-            for end in list[Any](wait(list(under_way))):
-                path = under_way.pop(end)
+        hand_out(2 * len(ends))
+        while ends:
+            for end in list[Any](wait(ends)):
                 try:
-                    outcome = end.recv()
-                    hand_out(end)  # before the report is printed: nobody waits for that
-                except (EOFError, OSError):
-                    text = "its process was killed; the message may have been sent"
-                    outcome = Outcome(path, EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
+                    number, outcome = end.recv()
+                except (EOFError, OSError):  # the process has ended
+                    ends.remove(end)
+                    continue
+                handed_out.remove(number)
+                if halted():
+                    take_back()
+                else:
+                    hand_out(1)
                 yield outcome
+        take_back()
+        for number in sorted(handed_out):
+            text = "its process was killed; the message may have been sent"
+            yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
         for process in processes:
             process.join()
     finally:
@@ -2337,15 +2351,16 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
             process.kill()
 
 
-def serve(worker: Worker, end: Any, others: Iterable[Any]) -> None:
-    """Work on the files that come through a pipe, until none does, or whoever sends them is gone."""
+def serve(worker: Worker, files: Sequence[str], numbers: Any, end: Any, others: Iterable[Any]) -> None:
+    """Work on the files whose numbers come through a pipe, until none does, or whoever reports of them is gone."""
     for other in others:
         other.close()
-    for number in (SIGINT, SIGTERM):
-        signal(number, SIG_IGN)  # who shares out ends in order
-    with suppress(EOFError, OSError):
-        while (path := end.recv()) is not None:
-            end.send(worker.process(path))
+    for signal_number in (SIGINT, SIGTERM):
+        signal(signal_number, SIG_IGN)  # who shares out ends in order
+    with suppress(OSError):
+        while taken := os.read(numbers.fileno(), NUMBER):
+            number = int.from_bytes(taken, "big")
+            end.send((number, worker.process(files[number])))
     worker.transport.close()
 
 

@@ -39,12 +39,12 @@ SEND = ("out", "--send_smtp", "--sent", "sent")
 DOOMED = """
 import os
 serve, first = program.serve, "first-worker"
-def doomed(worker, end, *rest):
+def doomed(worker, files, numbers, *rest):
     try:
         os.close(os.open(first, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return serve(worker, end, *rest)
-    end.poll(10)  # a message has been handed out
+        return serve(worker, files, numbers, *rest)
+    numbers.poll(10)  # a message has been handed out
     os.kill(os.getpid(), 9)
 program.serve = doomed
 """
@@ -528,6 +528,20 @@ def test_a_worker_that_is_killed_costs_its_message_and_no_other(start: Start, se
     assert re.fullmatch(rf"sparkpostSMIME\.py: out/{left.name}: its .*may have been sent.*\n", stderr)
     assert re.search(SUMMARY.format(29, 30) + ", 1 to try again", stdout)
     assert sorted({*taken(server), left.stem}) == names(files)
+
+
+def test_when_all_workers_are_killed_the_rest_waits_for_the_next_run(start: Start, serve: Serve, out: Path) -> None:
+    server, files = serve({"dot": slow(0.05)}, "PIPELINING"), letters(out, 30)
+    process = start(*SEND, "--jobs", "2", **to(server))
+    wait_for(lambda: len(server.mails) > 4)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    code, stdout, stderr = ended(process)
+    left = names(out.iterdir())
+    assert code == 75
+    assert stderr.count("its process was killed; the message may have been sent") == len(stderr.splitlines()) <= 2
+    assert re.search(SUMMARY.format(30 - len(left), 30) + f", {len(left)} to try again", stdout)
+    assert {*taken(server), *left} == set(names(files))
 
 
 def test_a_worker_that_is_killed_before_it_begins_keeps_no_message_back(serve: Serve, out: Path, folder: Path) -> None:
