@@ -28,8 +28,6 @@ Exit codes: 0, every recipient was accepted; 1, something was refused or is wron
 Modules that only one way of sending needs are imported where it begins.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -149,6 +147,7 @@ MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
 CONNECTION_LIFE = 15 * 60  # seconds, of the API
 COMMANDS_AT_ONCE = 100  # with PIPELINING; more could fill both sides' buffers, RFC 2920 section 3.1
 TOO_MANY_RECIPIENTS = 452
+SMALL_MESSAGE = 100_000  # bytes, which take less time to copy than to send in two pieces
 ENOUGH_FAILURES = 3  # messages in a row for which the server is out of reach
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
@@ -290,7 +289,7 @@ class Receipt(NamedTuple):
     unknown: int = 0
     identifier: str = ""
 
-    def plus(self, other: Receipt) -> Receipt:
+    def plus(self, other: "Receipt") -> "Receipt":
         """What became of this copy and another one of the same message."""
         return Receipt(
             self.accepted + other.accepted,
@@ -422,12 +421,13 @@ def require(environ: Mapping[str, str], name: str, *others: str) -> None:
     if not environ.get(name):
         raise Error(f"Environment var {name} not set - stopping", prefix="")
     for each in (name, *others):
-        if not re.fullmatch(r"[ -~]*", environ.get(each, "")):
+        value = environ.get(each, "")
+        if not (value.isascii() and value.isprintable()):
             raise Error(f"{each} holds a line break or a character outside ASCII", "set it anew")
 
 
 def port_number(text: str, name: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+    if not (text.isascii() and text.isdecimal() and len(text) < 6) or not 0 < int(text) < 1 << 16:
         raise Error(f"{name} is {text[:20]!r}", "a port is a number from 1 to 65535")
     return int(text)
 
@@ -458,16 +458,13 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 
     Raises Error when it cannot be read, when it is secret but others could read it, or when another user owns it.
     """
-    from shlex import quote
-
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             status = os.fstat(file.fileno())
             if owned and status.st_uid != os.geteuid():
-                raise Error(f"{path}: this file belongs to another user", f"chown {os.geteuid()} {quote(path)}")
+                raise unsafe(path, "this file belongs to another user", f"chown {os.geteuid()}")
             if secret and status.st_mode & 0o077:
-                mode = "0700" if owned else "0600"
-                raise Error(f"{path}: other users can read or change this file", f"chmod {mode} {quote(path)}")
+                raise unsafe(path, "other users can read or change this file", f"chmod {'0700' if owned else '0600'}")
             content = file.read()
             now = os.fstat(file.fileno())
             if S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
@@ -475,6 +472,12 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
             return content
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
+
+
+def unsafe(path: str, what: str, cure: str) -> Error:
+    from shlex import quote
+
+    return Error(f"{path}: {what}", f"{cure} {quote(path)}")
 
 
 # ------------------------------------------------------------------------------------- message: fields, envelope
@@ -603,6 +606,8 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
 
 def without_comments(text: str) -> str:
     """The value of a field without its (comments), which nest (RFC 5322 section 3.2.2); as it is where one is open."""
+    if "(" not in text:
+        return text
     outside, within = re.compile(rf'{QUOTED}|[()]|[^"()]+|"', re.DOTALL), re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
     depth, kept, end = 0, [], 0
     while token := (within if depth else outside).match(text, end):
@@ -694,7 +699,7 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
 
 def fit_field(field: bytes) -> bytes:
     """Make a field ASCII, without NUL or a lone CR, in lines of at most 998 bytes; one that is so stays as it is."""
-    if not field.isascii() or re.search(CONTROLS, field):
+    if not field.isascii() or b"\0" in field or field.count(b"\r") != field.count(CRLF):
         name = field_name(field)
         head, colon, value = re.sub(CONTROLS, b" ", field).partition(b":")
         if name in ("content-type", "content-disposition"):
@@ -1716,8 +1721,9 @@ def session_class() -> type[Any]:
             else:
                 if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
                     message = message.replace(b"\n.", b"\n..")
-                self.send(message)
-                self.send(b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n")
+                end = b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"
+                for piece in (message + end,) if len(message) < SMALL_MESSAGE else (message, end):
+                    self.send(piece)
                 answer, begun = self.getreply(), False
                 if answer[0] == 250:
                     return refused

@@ -1,4 +1,4 @@
-"""The floor: what every Python program must do to sign, encrypt and send one message, and nothing besides."""
+"""The floor: what every Python program must do to sign, encrypt and send messages, and nothing besides."""
 
 import smtplib
 import sys
@@ -16,17 +16,19 @@ SEALED = (
     b"\r\nContent-Type: application/pkcs7-mime; smime-type=enveloped-data\r\nContent-Transfer-Encoding: base64\r\n\r\n"
 )
 
-file, sender, recipient, port = sys.argv[1:]
-with open(file, "rb") as message, open(sender + ".pem", "rb") as private, open(sender + ".crt", "rb") as public:
+sender, recipient, port, *files = sys.argv[1:]
+with open(sender + ".pem", "rb") as private, open(sender + ".crt", "rb") as public:
     key, (own, issuer) = load_pem_private_key(private.read(), None), load_pem_x509_certificates(public.read())
-    header, _, body = message.read().replace(b"\n", b"\r\n").partition(b"\r\nMIME-")
 with open(recipient + ".crt", "rb") as public:
     certificate = load_pem_x509_certificates(public.read())[0]
-entity = b"MIME-" + body
-signer = PKCS7SignatureBuilder().set_data(entity).add_signer(own, key, SHA256()).add_certificate(issuer)  # type: ignore[arg-type]
-signature = encodebytes(signer.sign(Encoding.DER, [PKCS7Options.Binary, PKCS7Options.DetachedSignature]))
-signed = b"%b--b\r\n%b\r\n--b\r\n%b%b--b--\r\n" % (SIGNED, entity, SIGNATURE, signature.replace(b"\n", b"\r\n"))
-seal = PKCS7EnvelopeBuilder().set_data(signed).set_content_encryption_algorithm(AES256).add_recipient(certificate)
-sealed = encodebytes(seal.encrypt(Encoding.DER, [PKCS7Options.Binary])).replace(b"\n", b"\r\n")
 with smtplib.SMTP("127.0.0.1", int(port), "[127.0.0.1]") as session:
-    session.sendmail(sender, [recipient], header + SEALED + sealed)
+    for file in files:
+        with open(file, "rb") as message:
+            header, _, body = message.read().replace(b"\n", b"\r\n").partition(b"\r\nMIME-")
+        entity = b"MIME-" + body
+        signer = PKCS7SignatureBuilder().set_data(entity).add_signer(own, key, SHA256()).add_certificate(issuer)  # type: ignore[arg-type]
+        signature = encodebytes(signer.sign(Encoding.DER, [PKCS7Options.Binary, PKCS7Options.DetachedSignature]))
+        signed = b"%b--b\r\n%b\r\n--b\r\n%b%b--b--\r\n" % (SIGNED, entity, SIGNATURE, signature.replace(b"\n", b"\r\n"))
+        seal = PKCS7EnvelopeBuilder().set_data(signed).set_content_encryption_algorithm(AES256)
+        sealed = encodebytes(seal.add_recipient(certificate).encrypt(Encoding.DER, [PKCS7Options.Binary]))
+        session.sendmail(sender, [recipient], header + SEALED + sealed.replace(b"\n", b"\r\n"))
