@@ -148,6 +148,8 @@ CONNECTION_LIFE = 15 * 60  # seconds, of the API
 COMMANDS_AT_ONCE = 100  # with PIPELINING; more could fill both sides' buffers, RFC 2920 section 3.1
 TOO_MANY_RECIPIENTS = 452
 SMALL_MESSAGE = 100_000  # bytes, which take less time to copy than to send in two pieces
+NOTHING_SENT: dict[str, object] = {"message_id": None, "sender": None, "accepted": [], "refused": {}, "error": None}
+NOTHING_SENT |= {"id": None, "seconds": 0.0, "attempts": 0}  # what the report says of a message that never left
 ENOUGH_FAILURES = 3  # messages in a row for which the server is out of reach
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
@@ -202,6 +204,15 @@ class Unreachable(Closed):
 
 class Elsewhere(Exception):
     """Another run has this message file, or has moved it."""
+
+
+@contextmanager
+def system_errors(what: str, hint: str = "") -> Iterator[None]:
+    """Raise what the operating system refuses as an Error."""
+    try:
+        yield
+    except OSError as error:
+        raise Error(f"{what}: {error.strerror}", hint) from None
 
 
 # -------------------------------------------------------------------------------------------------------- types
@@ -458,20 +469,17 @@ def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
 
     Raises Error when it cannot be read, when it is secret but others could read it, or when another user owns it.
     """
-    try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            status = os.fstat(file.fileno())
-            if owned and status.st_uid != os.geteuid():
-                raise unsafe(path, "this file belongs to another user", f"chown {os.geteuid()}")
-            if secret and status.st_mode & 0o077:
-                raise unsafe(path, "other users can read or change this file", f"chmod {'0700' if owned else '0600'}")
-            content = file.read()
-            now = os.fstat(file.fileno())
-            if S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-                raise TemporaryError(f"{path}: this file is being written", "let it be complete before it is sent")
-            return content
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror}") from None
+    with system_errors(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        status = os.fstat(file.fileno())
+        if owned and status.st_uid != os.geteuid():
+            raise unsafe(path, "this file belongs to another user", f"chown {os.geteuid()}")
+        if secret and status.st_mode & 0o077:
+            raise unsafe(path, "other users can read or change this file", f"chmod {'0700' if owned else '0600'}")
+        content = file.read()
+        now = os.fstat(file.fileno())
+        if S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise TemporaryError(f"{path}: this file is being written", "let it be complete before it is sent")
+        return content
 
 
 def unsafe(path: str, what: str, cure: str) -> Error:
@@ -1515,11 +1523,8 @@ class Stdout:
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error."""
-        try:
-            with open(1, "wb", closefd=False) as stdout:
-                stdout.write(message)
-        except OSError as error:
-            raise Error(f"standard output: {error.strerror}") from None
+        with system_errors("standard output"), open(1, "wb", closefd=False) as stdout:
+            stdout.write(message)
         return Receipt(envelope.recipients, {})
 
     def close(self) -> None:
@@ -1666,10 +1671,8 @@ def exposes_password(session: Any, settings: Settings) -> bool:
 
 def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
     """Raises Error where the CA certificates cannot be read."""
-    try:
+    with system_errors(f"SMTP_CA_FILE {ca_file}", "it must hold CA certificates in PEM form"):
         context = ssl.create_default_context(cafile=ca_file or None)
-    except OSError as error:
-        raise Error(f"SMTP_CA_FILE {ca_file}: {error.strerror}", "it must hold CA certificates in PEM form") from None
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -2052,10 +2055,8 @@ def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
     for path in paths:
         found = [path]
         if os.path.isdir(path):
-            try:
+            with system_errors(path):
                 names = sorted(name for name in os.listdir(path) if name.endswith(".eml") and name[0] != ".")
-            except OSError as error:
-                raise Error(f"{path}: {error.strerror}") from None
             found = [os.path.join(path, name) for name in names]
         if not found and not outbox:
             raise Error(f"{path}: no *.eml file is in this directory", "name a message, or the directory of some")
@@ -2067,7 +2068,8 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
     """Try whether messages can be moved to this folder. Raises Error."""
     for folder in {os.path.dirname(path) or "." for path in files}:
         probe = os.path.join(folder, f".{PROGRAM}.{os.getpid()}")
-        try:
+        cure = "both must exist on one file system, and you must be allowed to write in both"
+        with system_errors(f"{folder}: messages cannot be moved to {sent}", cure):
             if os.path.samefile(folder, sent):
                 raise Error(f"{sent}: the messages are in this very folder", "name another one with --sent")
             os.close(os.open(probe, os.O_CREAT | os.O_EXCL, 0o600))
@@ -2077,9 +2079,6 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
                 os.unlink(probe)
                 raise
             os.unlink(os.path.join(sent, os.path.basename(probe)))
-        except OSError as error:
-            cure = "both must exist on one file system, and you must be allowed to write in both"
-            raise Error(f"{folder}: messages cannot be moved to {sent}: {error.strerror}", cure) from None
 
 
 # ----------------------------------------------------------------------------------------------------- program
@@ -2326,12 +2325,14 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
             handed_out.remove(int.from_bytes(number, "big"))
 
     try:
-        for _ in range(min(jobs, len(files))):
-            end, other = fork.Pipe(duplex=False)
-            ends.append(end)
-            processes.append(fork.Process(target=serve, args=(worker, files, taking, other, [giving, *ends])))
-            processes[-1].start()
-            other.close()
+        with system_errors(f"--jobs {jobs}", "name fewer"):
+            for _ in range(min(jobs, len(files))):
+                end, other = fork.Pipe(duplex=False)
+                ends.append(end)
+                process = fork.Process(target=serve, args=(worker, files, taking, other, [giving, *ends]))
+                process.start()
+                processes.append(process)
+                other.close()
         hand_out(2 * len(ends))
         while ends:
             for end in list[Any](wait(ends)):
@@ -2435,23 +2436,14 @@ class Report:
     def __init__(self, path: str) -> None:
         """Raises Error where it cannot be opened."""
         self.path, self.broken = path, False
-        try:
+        with system_errors(path, "--report needs a file it can write"):
             self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as error:
-            raise Error(f"{path}: {error.strerror}", "--report needs a file it can write") from None
 
     def add(self, outcome: Outcome) -> None:
         """Complain the first time that it cannot be written; the messages go on."""
         import json
 
-        line: dict[str, object] = {
-            "file": outcome.file,
-            "message_id": None,
-            "sender": None,
-            "accepted": [],
-            "refused": {},
-        }
-        line |= {"error": None, "id": None, "seconds": 0.0, "attempts": 0} | dict(outcome.record)
+        line = {"file": outcome.file} | NOTHING_SENT | dict(outcome.record)
         try:
             os.write(self.descriptor, json.dumps(line).encode() + b"\n")
         except OSError as error:

@@ -214,6 +214,16 @@ def test_printed_messages_are_whole_whoever_makes_them(jobs: str, run: Run, fold
     assert sorted(re.split(b"(?m)^(?=From: )", together)[1:]) == alone
 
 
+def test_more_jobs_than_the_system_allows_are_refused_before_anything_is_sent(serve: Serve, folder: Path) -> None:
+    server = serve()
+    letters(folder / "out", 60)
+    limited = f'ulimit -n 40; exec "{sys.executable}" "{SCRIPT}" out --send_smtp --jobs 50'
+    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"sparkpostSMIME.py: --jobs 50: Too many open files - name fewer\n"
+    assert not server.mails
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1", "x", "1.5", ""])
 def test_a_number_of_jobs_that_is_none_is_a_wrong_command_line(jobs: str, run: Run, serve: Serve) -> None:
     server = serve()
