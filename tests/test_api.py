@@ -77,8 +77,11 @@ class Handler(BaseHTTPRequestHandler):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if answer is None:
             self.server.stopped.wait(30)
+        answer = answer or b""
+        if self.close_connection and answer.startswith(b"HTTP/1.1 "):  # as the client must know before it sends more
+            answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         with suppress(OSError):  # the program need not read all
-            self.wfile.write(answer or b"")
+            self.wfile.write(answer)
 
     do_GET = do_POST
 
