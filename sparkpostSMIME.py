@@ -796,8 +796,7 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
         charset = "" if body.isascii() else f"; charset={charset_of(body)}"
         content.insert(0, f"Content-Type: text/plain{charset}".encode())
     header = b"".join(field + CRLF for field in content) + CRLF
-    header = header if b"\r" in body else header.replace(CRLF, b"\n")  # one kind of line end is faster made CRLF
-    return fit_entity(header + body, clear=clear)
+    return fit_entity(body, header=header, clear=clear)
 
 
 def is_fit(entity: bytes, *, clear: bool) -> bool:
@@ -832,17 +831,18 @@ def is_called_eight_bit(entity: bytes) -> bool:
     return any(re.search(CALLED_EIGHT_BIT, piece) for piece in pieces)
 
 
-def fit_entity(raw: bytes, *, clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
+def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
     """The entity with CRLF line ends; what is unfit for transport in it is re-encoded, part by part.
 
-    A part already signed is left alone. `default` is the type of an entity that names none. Raises Error.
+    `header` holds fields that come before it. A part already signed is left alone. `default` is the type of an entity
+    that names none. Raises Error.
     """
-    entity = to_crlf(raw)
+    entity = header + to_crlf(raw)
     if is_fit(entity, clear=clear) and not is_called_eight_bit(entity):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
-    fields, blank, body = split_entity(raw)
+    fields, blank, body = split_entity(header + raw)
     blank = CRLF if body else blank
     kind, boundary = media_type(fields, default)
     encoding = transfer_encoding(fields)
