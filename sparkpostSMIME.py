@@ -707,7 +707,7 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
 
 def fit_field(field: bytes) -> bytes:
     """Make a field ASCII, without NUL or a lone CR, in lines of at most 998 bytes; one that is so stays as it is."""
-    if not field.isascii() or b"\0" in field or field.count(b"\r") != field.count(CRLF):
+    if not field.isascii() or re.search(CONTROLS, field):
         name = field_name(field)
         head, colon, value = re.sub(CONTROLS, b" ", field).partition(b":")
         if name in ("content-type", "content-disposition"):
@@ -811,7 +811,7 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
         and not has_long_line(entity)
         and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity))
         and not (clear and (entity.endswith((b" ", b"\t")) or entity.rfind(b" \r") >= 0))  # faster than in
-        and not (clear and b"\t" in entity and entity.rfind(b"\t\r") >= 0)
+        and not (clear and b"\t" in entity and entity.rfind(b"\t\r") >= 0)  # a tab is rare, and found faster
     )
 
 
@@ -1981,14 +1981,13 @@ def locked(path: str) -> Iterator[None]:
     """Hold a message file against other runs. Raises Elsewhere where one has it or has moved it, and Error."""
     from fcntl import LOCK_EX, LOCK_NB, flock
 
-    try:  # NFS locks only what may be written
-        file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
-        flock(file, LOCK_EX | LOCK_NB)
-        moved = os.stat(path).st_ino != os.fstat(file.fileno()).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        raise Elsewhere from None
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror}") from None
+    with system_errors(path):
+        try:  # NFS locks only what may be written
+            file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
+            flock(file, LOCK_EX | LOCK_NB)
+            moved = os.stat(path).st_ino != os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            raise Elsewhere from None
     with file:
         if moved:
             raise Elsewhere
@@ -2312,10 +2311,9 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
     ends: list[Any] = []
 
     def hand_out(count: int) -> None:
-        while waiting and count:
+        for _ in range(min(count, len(waiting))):
             handed_out.add(waiting[0])
             os.write(giving.fileno(), waiting.popleft().to_bytes(NUMBER, "big"))
-            count -= 1
         if not waiting:
             giving.close()  # whoever finds the pipe empty then has done its work
 

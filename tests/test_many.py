@@ -560,7 +560,7 @@ def send_many_by_api(run: Run, folder: Path, api: StandIn) -> SendMany:
     return send_many
 
 
-@pytest.mark.parametrize(("handler", "connections"), [(Kept, 1), (Closing, 4)])
+@pytest.mark.parametrize(("handler", "connections"), [(Kept, 1), (Closing, 4), (Handler, 10)])
 def test_a_connection_to_the_api_is_kept_until_the_server_closes_it(
     handler: type[Handler], connections: int, send_many: SendMany, api: StandIn
 ) -> None:
