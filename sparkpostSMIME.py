@@ -72,8 +72,10 @@ Exit codes: 0 every recipient accepted; 1 something was refused or is wrong; 2 w
 75 temporary failure, try again later. Variables are read from the environment, then from --env_file.
 """
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    print(HELP, end="", flush=True)
-    os._exit(0)  # at once: nothing else is loaded, and to take down what was compiled takes its time too
+    try:
+        print(HELP, end="", flush=True)
+    finally:
+        os._exit(0)  # at once: nothing else is loaded, and to take down what was compiled takes its time too
 
 import gc
 
@@ -92,9 +94,8 @@ import warnings
 from argparse import ArgumentParser, HelpFormatter
 from base64 import b64encode
 from binascii import b2a_base64
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
@@ -141,20 +142,24 @@ PROGRAM = "sparkpostSMIME.py"
 VERSION = "1.0.0"
 EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY = 0, 1, 75  # 75 is EX_TEMPFAIL: a mail server's pipe tries again later
 TIMEOUT = 60  # seconds, for each step of a dialogue on the network
+FINAL_TIMEOUT = (
+    600  # seconds, for the answer to a whole message, RFC 5321 section 4.5.3.2.6: who gives up sends it twice
+)
 LONGEST_LINE = 998  # bytes before CRLF, RFC 5322 section 2.1.1
 LARGEST_CONTENT = 20_000_000  # bytes, that the API takes
 MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
 CONNECTION_LIFE = 15 * 60  # seconds, of the API
 COMMANDS_AT_ONCE = 100  # with PIPELINING; more could fill both sides' buffers, RFC 2920 section 3.1
 TOO_MANY_RECIPIENTS = 452
-SMALL_MESSAGE = 100_000  # bytes, which take less time to copy than to send in two pieces
-NOTHING_SENT: dict[str, object] = {"message_id": None, "sender": None, "accepted": [], "refused": {}, "error": None}
-NOTHING_SENT |= {"id": None, "seconds": 0.0, "attempts": 0}  # what the report says of a message that never left
-ENOUGH_FAILURES = 3  # messages in a row for which the server is out of reach
+PIECE = 100_000  # bytes that are sent in one step
+NOTHING_SENT: dict[str, object] = dict(
+    message_id=None, sender=None, accepted=[], refused={}, error=None, id=None, seconds=0.0, attempts=0
+)  # what the report says of a message that never left
+ENOUGH_FAILURES = 3  # messages in a row that find no way into the server
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
-NUMBER = 8  # bytes, of a file's number in the pipe between processes; whole in each read, for its buffer holds so many
+NUMBER = 8  # bytes, of a file's number among those that the processes share
 SPARKPOST_HOSTS = (".sparkpostmail.com", ".sparkpostelite.com", ".sparkpost.com")
 CRLF = b"\r\n"
 KEY_SUFFIXES, CERTIFICATE_SUFFIXES = (".pem", ".p12", ".pfx"), (".crt", ".cer")
@@ -199,7 +204,13 @@ class Closed(Lost):
 
 
 class Unreachable(Closed):
-    """There was no connection to the server."""
+    """There was no way into the server."""
+
+
+class Barred(Unreachable):
+    """There is none for this user, now and later."""
+
+    exit_code = EXIT_FAILED
 
 
 class Elsewhere(Exception):
@@ -289,7 +300,7 @@ class Receipt(NamedTuple):
     """What became of one copy of a message: who has it, why others have not, and the lines that tell it.
 
     `unknown` recipients have it too, but the API does not say which of the refused they are. `temporary` tells that
-    every refusal may be gone later, `lost` that the server is gone.
+    every refusal may be gone later, `lost` that the server is gone. It took so many `seconds` and `attempts`.
     """
 
     accepted: tuple[str, ...]
@@ -299,6 +310,13 @@ class Receipt(NamedTuple):
     lost: bool = False
     unknown: int = 0
     identifier: str = ""
+    seconds: float = 0
+    attempts: int = 0
+
+    @property
+    def reached(self) -> int:
+        """How many have it."""
+        return len(self.accepted) + self.unknown
 
     def plus(self, other: "Receipt") -> "Receipt":
         """What became of this copy and another one of the same message."""
@@ -310,6 +328,8 @@ class Receipt(NamedTuple):
             other.lost,
             self.unknown + other.unknown,
             self.identifier or other.identifier,
+            self.seconds + other.seconds,
+            self.attempts + other.attempts,
         )
 
 
@@ -320,6 +340,11 @@ class Prepared(NamedTuple):
     sender: str
     identifier: str
     people: list[str]
+
+    @property
+    def wanted(self) -> int:
+        """How many are to get it."""
+        return sum(len(envelope.recipients) for _, envelope in self.copies)
 
 
 class Outcome(NamedTuple):
@@ -1516,10 +1541,7 @@ def oid(dotted: str) -> bytes:
 class Stdout:
     """Prints messages."""
 
-    attempts = 0
-
-    def open(self) -> list[str]:
-        return []
+    attempts, opened = 0, list[str]()
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error."""
@@ -1538,6 +1560,7 @@ class Smtp:
         self.settings = settings
         self.session: Any = None
         self.used = self.attempts = 0  # transactions, over this connection and over all
+        self.opened: list[str] = []  # what to report of new connections
 
     def open(self) -> list[str]:
         """Connect where need be, and log in where there is a password. Returns what to report of it. Raises Error."""
@@ -1565,16 +1588,17 @@ class Smtp:
         """
         if self.settings.smtp_host.lower().endswith(SPARKPOST_HOSTS):
             message = untracked(message)
+        self.opened += self.open()
         spelt = {wire_address(recipient): recipient for recipient in envelope.recipients}
         waiting, accepted, refused = list(spelt), list[str](), dict[str, tuple[int, bytes]]()
-        told, temporary = "", True
+        told, temporary, lost = "", True, False
         while waiting:
             try:
                 answers = self.transact(wire_address(envelope.sender), waiting, message)
             except Error as error:
                 if not accepted:
                     raise
-                told, temporary = str(error), isinstance(error, TemporaryError)
+                told, temporary, lost = str(error), error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
                 break
             accepted += [spelt[address] for address in waiting if address not in answers]
             waiting = [address for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS]
@@ -1584,7 +1608,7 @@ class Smtp:
         temporary = temporary and all(400 <= code < 500 for code, _ in refused.values())
         reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
         reasons |= {spelt[address]: told for address in waiting}
-        return Receipt(tuple(accepted), reasons, lines, temporary)
+        return Receipt(tuple(accepted), reasons, lines, temporary, lost)
 
     def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, tuple[int, bytes]]:
         """Who was refused in one transaction. Raises Error.
@@ -1621,8 +1645,9 @@ class Smtp:
         return f"{size} SMTPUTF8 BODY=8BITMIME"
 
     def close(self) -> None:
-        if self.session:
-            with suppress(OSError):  # as smtplib's errors are; by now the messages are accepted or refused
+        if self.session and self.session.sock:
+            self.session.sock.settimeout(2)  # by now the messages are accepted or refused
+            with suppress(OSError):  # as smtplib's errors are
                 self.session.quit()
         self.session = None
 
@@ -1643,10 +1668,10 @@ def open_session(settings: Settings) -> tuple[Any, str]:
     if settings.smtp_tls == "off" or not session.has_extn("starttls"):
         if settings.smtp_tls == "verify":
             cure = "SMTP_TLS=verify demands it; is the port right?"
-            raise Error(f"{settings.smtp_host} does not offer STARTTLS", cure)
+            raise Barred(f"{settings.smtp_host} does not offer STARTTLS", cure)
         if exposes_password(session, settings):
             cure = "do not set SMTP_TLS=off" if settings.smtp_tls == "off" else "use a port that offers STARTTLS"
-            raise Error(f"{settings.smtp_host}: a password is not sent over a plain connection", cure)
+            raise Barred(f"{settings.smtp_host}: a password is not sent over a plain connection", cure)
         return session, "plain"
     try:
         session.starttls(context=tls_context(settings.smtp_ca_file))
@@ -1657,7 +1682,7 @@ def open_session(settings: Settings) -> tuple[Any, str]:
     session.close()  # a failed handshake ends the connection
     session = greet(settings)
     if settings.smtp_tls == "verify" or settings.smtp_ca_file or exposes_password(session, settings):
-        raise Error(failure, "name the CA that issued it in SMTP_CA_FILE")
+        raise Barred(failure, "name the CA that issued it in SMTP_CA_FILE")
     session.starttls(context=tls_context("", verify=False))
     session.ehlo_or_helo_if_needed()
     return session, "STARTTLS, certificate not verified"
@@ -1699,6 +1724,8 @@ def session_class() -> type[Any]:
         handed_over = False  # a message, to which no answer has come yet
 
         def getreply(self) -> tuple[int, bytes]:
+            if self.sock:
+                self.sock.settimeout(FINAL_TIMEOUT if self.handed_over else TIMEOUT)
             code, text = super().getreply()
             if code == -1 and self.handed_over:
                 raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
@@ -1725,8 +1752,9 @@ def session_class() -> type[Any]:
                 if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
                     message = message.replace(b"\n.", b"\n..")
                 end = b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"
-                for piece in (message + end,) if len(message) < SMALL_MESSAGE else (message, end):
-                    self.send(piece)
+                for start in range(0, len(message), PIECE):
+                    piece = message[start : start + PIECE]
+                    self.send(piece if start + PIECE < len(message) else piece + end)
                 answer, begun = self.getreply(), False
                 if answer[0] == 250:
                     return refused
@@ -1786,8 +1814,9 @@ def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
         else:
             lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
             raise (gone if lost and isinstance(error, OSError) else Error)(reason, cure) from None
-        temporary = TemporaryError if all(400 <= code < 500 for code in codes) else Error
-        raise (gone if 421 in codes else temporary)(without_secrets(str(error), settings), prefix="") from None
+        temporary = all(400 <= code < 500 for code in codes)
+        kind = (TemporaryError if temporary else Error) if session else (Unreachable if temporary else Barred)
+        raise (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="") from None
 
 
 def without_secrets(answer: str, settings: Settings) -> str:
@@ -1807,22 +1836,17 @@ class Api:
         from urllib import request
 
         self.settings, self.own_return_path, self.attempts = settings, own_return_path, 0
-        self.connection = kept_connection()
+        self.opened = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
+        self.handler = kept_connection()
         in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
         self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
         for handler in (
             request.ProxyHandler({} if in_the_clear else None),
-            self.connection,
+            self.handler,
             request.HTTPErrorProcessor(),
             request.HTTPDefaultErrorHandler(),
         ):
             self.opener.add_handler(handler)
-
-    def open(self) -> list[str]:
-        """What to report of the connection, which urllib makes when it is needed."""
-        if self.attempts:
-            return []
-        return ["Opened API connection", f"Host: {self.settings.api_host}", f'API key: "{STARS}"']
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when the API refuses the message as a whole."""
@@ -1850,12 +1874,14 @@ class Api:
     def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and reply of the API, empty where it was cut short. Raises Error."""
         from http.client import HTTPException, InvalidURL
+        from io import BytesIO
         from urllib.error import HTTPError, URLError
         from urllib.request import Request
 
         host = self.settings.api_host
         headers = {"Authorization": self.settings.api_key, "Content-Type": "application/json"}
-        request = Request(f"{host}/api/v1/transmissions", body, headers | {"User-Agent": f"sparkpostSMIME/{VERSION}"})
+        headers |= {"Content-Length": str(len(body)), "User-Agent": f"sparkpostSMIME/{VERSION}"}
+        request = Request(f"{host}/api/v1/transmissions", BytesIO(body), headers)  # a file is sent in pieces
         try:
             response = self.opener.open(request, timeout=TIMEOUT)
         except HTTPError as error:
@@ -1864,7 +1890,7 @@ class Api:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
                 raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
-            if self.connection.reused:  # closed before all of the request was there
+            if self.handler.reused:  # closed before all of the request was there
                 return self.post(body)
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
             raise Unreachable(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
@@ -1873,11 +1899,12 @@ class Api:
         except (HTTPException, OSError) as error:
             reason = without_secrets(f"{host}: {error}; the message may have been sent", self.settings)
             raise Lost(reason, "look before sending it again") from None
-        with response:
-            try:
-                return response.status, response.read(LARGEST_REPLY + 1)
-            except (HTTPException, OSError):
-                return response.status, b""
+        reply = b""
+        with response, suppress(HTTPException, OSError):
+            reply = response.read(LARGEST_REPLY + 1)
+        if not 0 < len(reply) <= LARGEST_REPLY:
+            self.handler.connection = None  # what is left of this reply must not answer the next request
+        return response.status, reply
 
     def read_reply(self, status: int, reply: bytes, recipients: tuple[str, ...]) -> Receipt:
         """What the API says of a message for these recipients. Raises Error."""
@@ -1903,7 +1930,8 @@ class Api:
             where += "; the message may have been sent"
         if status in (420, 429) or status >= 500:
             raise TemporaryError(where, "try again later")
-        raise Error(where, "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (200, 401, 403, 404) else "")
+        cure = "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (200, 401, 403, 404) else ""
+        raise (Barred if status in (401, 403) else Error)(where, cure)
 
     def close(self) -> None:
         pass
@@ -1941,7 +1969,8 @@ def kept_connection() -> Any:
             )
             if not self.reused:
                 tls = {"context": ssl.create_default_context()} if kind is client.HTTPSConnection else {}
-                self.connection, self.opened = kept(kind)(host, timeout=timeout, **tls), monotonic()
+                self.connection = kept(kind)(host, timeout=timeout, blocksize=PIECE, **tls)
+                self.opened = monotonic()
             return self.connection
 
         def http_open(self, request: request.Request) -> Any:
@@ -1977,50 +2006,55 @@ def api_errors(errors: object) -> list[str]:
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold a message file against other runs. Raises Elsewhere where one has it or has moved it, and Error."""
+def locked(path: str, sent: str) -> Iterator[list[int]]:
+    """Hold a message file against other runs, and tell which it is.
+
+    Raises Elsewhere where another run has it or has moved it to the folder `sent`, and Error.
+    """
     from fcntl import LOCK_EX, LOCK_NB, flock
 
     with system_errors(path):
         try:  # NFS locks only what may be written
             file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
             flock(file, LOCK_EX | LOCK_NB)
-            moved = os.stat(path).st_ino != os.fstat(file.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            raise Elsewhere from None
+        except OSError as error:
+            moved = os.path.lexists(os.path.join(sent, os.path.basename(path)))
+            if isinstance(error, BlockingIOError) or (isinstance(error, FileNotFoundError) and moved):
+                raise Elsewhere from None
+            raise
     with file:
-        if moved:
+        which = identity(file.fileno())
+        if identity(path)[:1] != which[:1]:
             raise Elsewhere
-        yield
+        yield which
 
 
-def read_note(path: str) -> list[str]:
+def read_note(path: str, which: list[int]) -> list[str]:
     """Who has this message of an outbox already, if a note of this very file says so. Raises Error."""
     import json
 
     note = f"{path}.accepted"
     try:
-        with open(note) as file:
+        with system_errors(note), suppress(FileNotFoundError), open(note) as file:
             kept = json.load(file)
-        accepted = kept["accepted"] if kept["file"] == identity(path) else []
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError):
+            accepted = kept["accepted"] if kept["file"] == which else []
+            if accepted is not None:
+                return list(accepted)
+            cure = "see to the others and move the message away, or delete this note to send it to everybody"
+            raise Error(f"{note}: the API has accepted the message for some recipients, and did not say which", cure)
+    except (ValueError, LookupError, TypeError):
         raise Error(f"{note} cannot be read", "delete it to send the message to everybody") from None
-    if accepted is None:
-        cure = "see to the others and move the message away, or delete this note to send it to everybody"
-        raise Error(f"{note}: the API has accepted the message for some recipients, and did not say which", cure)
-    return list(accepted)
+    return []
 
 
-def write_note(path: str, accepted: list[str] | None) -> None:
+def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
     """Keep who has this message, None where that is unknown, through crashes and power cuts. Raises OSError."""
     import json
 
     note = f"{path}.accepted"
     try:
         with open(os.open(f"{note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({"file": identity(path), "accepted": accepted}, file)
+            json.dump({"file": which, "accepted": accepted}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{note}.new", note)
@@ -2033,17 +2067,32 @@ def write_note(path: str, accepted: list[str] | None) -> None:
     os.close(folder)
 
 
-def identity(path: str) -> list[int]:
-    """What tells this file from another that comes to have its name."""
-    status = os.stat(path)
-    return [status.st_ino, status.st_mtime_ns]
+def identity(file: str | int) -> list[int]:
+    """What tells this file from another that comes to have its name; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        status = os.stat(file)
+        return [status.st_ino, status.st_mtime_ns]
+    return []
 
 
-def move_to(sent: str, path: str) -> None:
-    """Put a message that everybody has into the folder `sent`, under a name that is free there. Raises OSError."""
+def move_to(sent: str, path: str, which: list[int]) -> None:
+    """Put a message that everybody has into the folder `sent`, under a name that is free there. Raises OSError.
+
+    Another message that has come in its place meanwhile stays for the next run.
+    """
+    if identity(path) != which:
+        return
     stem, suffix = os.path.splitext(os.path.basename(path))
-    names = (f"{stem}{f'.{number}' if number else ''}{suffix}" for number in count())
-    os.rename(path, next(target for name in names if not os.path.lexists(target := os.path.join(sent, name))))
+    for number in count():
+        target = os.path.join(sent, f"{stem}{f'.{number}' if number else ''}{suffix}")
+        with suppress(FileExistsError):
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))  # so that no other run takes this name
+            break
+    try:
+        os.rename(path, target)
+    except OSError:
+        os.unlink(target)
+        raise
     with suppress(FileNotFoundError):
         os.unlink(f"{path}.accepted")
 
@@ -2071,7 +2120,7 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
         with system_errors(f"{folder}: messages cannot be moved to {sent}", cure):
             if os.path.samefile(folder, sent):
                 raise Error(f"{sent}: the messages are in this very folder", "name another one with --sent")
-            os.close(os.open(probe, os.O_CREAT | os.O_EXCL, 0o600))
+            os.close(os.open(probe, os.O_CREAT, 0o600))
             try:
                 os.rename(probe, os.path.join(sent, os.path.basename(probe)))
             except OSError:
@@ -2195,58 +2244,78 @@ class Worker:
             self.transport = Smtp(settings)
         elif options.send_api:
             self.transport = Api(settings, own_return_path=bool(options.return_path))
-        self.unreachable = 0  # messages in a row for which the server was out of reach
+        self.shut_out = 0  # messages in a row that found no way into the server
         self.hopeless = ""  # why it is useless, or would do harm, to go on
 
     def process(self, path: str) -> Outcome:
         """Deliver one message file, and move it where it came from an outbox."""
-        if self.unreachable >= ENOUGH_FAILURES:
-            self.hopeless = "the server is out of reach"
         if self.hopeless:
             reason = f"{self.hopeless}: the rest is not tried"
             return Outcome(path, EXIT_TEMPORARY, {"error": reason}, [reason])
+        sent = self.options.sent
         try:
-            with locked(path) if self.options.sent else nullcontext():
-                outcome = self.deliver(path)
+            hold: AbstractContextManager[list[int]] = locked(path, sent) if sent else nullcontext([])
+            with hold as which:
+                outcome = self.deliver(path, which)
         except Elsewhere:
             return Outcome(path, None, {})
         except Error as error:
-            self.unreachable += isinstance(error, Unreachable)
             outcome = Outcome(path, error.exit_code, {"error": error.text}, errors=[str(error)])
+        if self.shut_out >= ENOUGH_FAILURES:
+            self.hopeless = f"{ENOUGH_FAILURES} messages in a row found no way into the server"
         remarks, self.keyring.remarks = self.keyring.remarks, []
         return outcome._replace(remarks=remarks)
 
-    def deliver(self, path: str) -> Outcome:
-        """Deliver the copies of a message; one failure keeps no other back. Raises Error while nothing left."""
+    def deliver(self, path: str, which: list[int]) -> Outcome:
+        """Deliver the copies of a message; one failure keeps no other back. Raises Error while nothing left.
+
+        In an outbox, keep who has it, or move it once everybody has.
+        """
         sent = self.options.sent
-        had = read_note(path) if sent else []
+        had = read_note(path, which) if sent else []
         message = prepare(path, had, self.options, self.keyring)
-        lines = [f"Sending: {path}", *message.people] if self.options.sends else []
-        started, attempts = perf_counter(), self.transport.attempts
-        if message.copies:
-            lines = self.transport.open() + lines
         total, troubles = Receipt((), {}, temporary=True), list[str]()
-        count, wanted = 0, sum(len(envelope.recipients) for _, envelope in message.copies)
         for content, envelope in message.copies:
             total = total.plus(self.hand_over(content, envelope, gone=total.lost))
-            count = len(total.accepted) + total.unknown
-            if sent and 0 < count < wanted:
+            if sent and 0 < total.reached < message.wanted:
                 note = None if total.unknown else [*had, *total.accepted]
-                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, note)
-        seconds = perf_counter() - started
-        if sent and count == wanted:
-            troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path)
+                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, which, note)
+        if sent and total.reached == message.wanted:
+            troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path, which)
         if troubles:
             self.hopeless = "the outbox cannot be written"
+        return self.conclude(path, message, total, troubles)
+
+    def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
+        """Deliver one copy, unless the server is gone."""
+        if gone:
+            return Receipt((), dict.fromkeys(envelope.recipients, "not sent"), temporary=True, lost=True)
+        started, attempts, shut_out = perf_counter(), self.transport.attempts, 0
+        try:
+            receipt = self.transport.deliver(content, envelope)
+        except Error as error:
+            shut_out = self.shut_out + 1 if isinstance(error, Unreachable) else 0
+            reasons = dict.fromkeys(envelope.recipients, error.text)
+            temporary, lost = error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
+            receipt = Receipt((), reasons, [str(error)], temporary=temporary, lost=lost)
+        self.shut_out = shut_out
+        return receipt._replace(seconds=perf_counter() - started, attempts=self.transport.attempts - attempts)
+
+    def conclude(self, path: str, message: Prepared, total: Receipt, troubles: list[str]) -> Outcome:
+        """What to tell of a message whose copies became this, beside troubles with the outbox."""
+        lines, self.transport.opened = self.transport.opened, []
+        if total.attempts:
+            lines += [f"Sending: {path}", *message.people]
         errors = [*total.lines, *troubles]
         missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.lines)]
-        if count and missed and not total.unknown:
+        if total.reached and missed and not total.unknown:
             errors.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
-        if lines and count:
-            some = "" if count == wanted else f" for {count} of {wanted} recipients"
-            lines.append(f"OK{some} - in {seconds:.3f} seconds")
-        code = EXIT_OK if count == wanted and not troubles else EXIT_FAILED
-        if code and total.temporary and not troubles and (sent or not count):
+        everybody = total.reached == message.wanted
+        if lines and total.reached:
+            some = "" if everybody else f" for {total.reached} of {message.wanted} recipients"
+            lines.append(f"OK{some} - in {total.seconds:.3f} seconds")
+        code = EXIT_OK if everybody and not troubles else EXIT_FAILED
+        if code and total.temporary and not troubles and (self.options.sent or not total.reached):
             code = EXIT_TEMPORARY
         record = {
             "message_id": message.identifier,
@@ -2255,24 +2324,10 @@ class Worker:
             "refused": dict(total.refused),
             "error": "; ".join(errors) or None,
             "id": total.identifier or None,
-            "seconds": round(seconds, 3),
-            "attempts": self.transport.attempts - attempts,
+            "seconds": round(total.seconds, 3),
+            "attempts": total.attempts,
         }
         return Outcome(path, code, record, lines=lines, errors=errors)
-
-    def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
-        """Deliver one copy, unless the server is gone."""
-        if gone:
-            return Receipt((), dict.fromkeys(envelope.recipients, "not sent"), temporary=True, lost=True)
-        try:
-            receipt = self.transport.deliver(content, envelope)
-        except Error as error:
-            self.unreachable = self.unreachable + 1 if isinstance(error, Unreachable) else 0
-            reasons = dict.fromkeys(envelope.recipients, error.text)
-            temporary, lost = isinstance(error, TemporaryError), isinstance(error, Lost)
-            return Receipt((), reasons, [str(error)], temporary=temporary, lost=lost)
-        self.unreachable = 0
-        return receipt
 
 
 def trouble(what: str, act: Callable[..., None], *words: object) -> list[str]:
@@ -2291,7 +2346,8 @@ def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[
             if halted():
                 break
             yield worker.process(path)
-        worker.transport.close()
+        with suppress(KeyboardInterrupt):  # all is told
+            worker.transport.close()
     else:
         yield from share_out(worker, files, jobs, halted)
 
@@ -2299,73 +2355,75 @@ def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[
 def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
     """What becomes of the files, in the hands of so many processes, which each take the next when they have done one.
 
-    Processes, because the interpreter's lock would let threads wait for each other. They take the numbers of the files
-    from one pipe, where as many more lie ready as there are processes, so that none waits for the report.
+    Processes, because the interpreter's lock would let threads wait for each other.
     """
-    from multiprocessing import get_context
     from multiprocessing.connection import wait
 
-    fork, waiting, handed_out = get_context("fork"), deque(range(len(files))), set[int]()
-    taking, giving = fork.Pipe(duplex=False)
-    processes: list[Any] = []
-    ends: list[Any] = []
-
-    def hand_out(count: int) -> None:
-        for _ in range(min(count, len(waiting))):
-            handed_out.add(waiting[0])
-            os.write(giving.fileno(), waiting.popleft().to_bytes(NUMBER, "big"))
-        if not waiting:
-            giving.close()  # whoever finds the pipe empty then has done its work
-
-    def take_back() -> None:
-        giving.close()
-        while number := os.read(taking.fileno(), NUMBER):
-            handed_out.remove(int.from_bytes(number, "big"))
-
+    numbers, processes = start_workers(worker, files, jobs)
+    ends, untold, left = list(processes), set(range(len(files))), b""
     try:
-        with system_errors(f"--jobs {jobs}", "name fewer"):
-            for _ in range(min(jobs, len(files))):
-                end, other = fork.Pipe(duplex=False)
-                ends.append(end)
-                process = fork.Process(target=serve, args=(worker, files, taking, other, [giving, *ends]))
-                process.start()
-                processes.append(process)
-                other.close()
-        hand_out(2 * len(ends))
         while ends:
             for end in list[Any](wait(ends)):
                 try:
-                    number, outcome = end.recv()
+                    number, outcome, worker.hopeless = end.recv()
                 except (EOFError, OSError):  # the process has ended
                     ends.remove(end)
                     continue
-                handed_out.remove(number)
+                untold.remove(number)
                 if halted():
-                    take_back()
-                else:
-                    hand_out(1)
+                    left += os.read(numbers, NUMBER * len(files))
                 yield outcome
-        take_back()
-        for number in sorted(handed_out):
-            text = "its process was killed; the message may have been sent"
-            yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
-        for process in processes:
+        left += os.read(numbers, NUMBER * len(files))
+        worker.hopeless = worker.hopeless or "no process is left"
+        for number in sorted(untold):
+            if number < len(files) - len(left) // NUMBER:
+                text = "its process was killed; the message may have been sent"
+                yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
+            elif not halted():
+                yield worker.process(files[number])
+        for process in processes.values():
             process.join()
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
 
 
-def serve(worker: Worker, files: Sequence[str], numbers: Any, end: Any, others: Iterable[Any]) -> None:
-    """Work on the files whose numbers come through a pipe, until none does, or whoever reports of them is gone."""
+def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[Any, Any]]:
+    """So many processes that begin together, and the open file from which they read the numbers of their message files.
+
+    Its place is theirs together and moves on with each read (read(2)), so each number is taken once. Raises Error.
+    """
+    from multiprocessing import get_context
+    from tempfile import TemporaryFile
+
+    fork, processes = get_context("fork"), dict[Any, Any]()
+    with system_errors(f"--jobs {jobs}", "name fewer"), TemporaryFile() as file:
+        file.write(b"".join(number.to_bytes(NUMBER, "big") for number in range(len(files))))
+        file.seek(0)
+        numbers = os.dup(file.fileno())
+        for _ in range(min(jobs, len(files))):
+            end, other = fork.Pipe()
+            processes[end] = fork.Process(target=serve, args=(worker, files, numbers, other, [*processes, end]))
+            processes[end].start()
+            other.close()
+    for end in processes:
+        with suppress(OSError):  # where it was killed
+            end.send("begin")
+    return numbers, processes
+
+
+def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: Iterable[Any]) -> None:
+    """Work on the files whose numbers are read until none is left, or whoever reports of them is gone."""
     for other in others:
         other.close()
     for signal_number in (SIGINT, SIGTERM):
         signal(signal_number, SIG_IGN)  # who shares out ends in order
-    with suppress(OSError):
-        while taken := os.read(numbers.fileno(), NUMBER):
+    with suppress(EOFError, OSError):
+        end.recv()
+        while not worker.hopeless and (taken := os.read(numbers, NUMBER)):
             number = int.from_bytes(taken, "big")
-            end.send((number, worker.process(files[number])))
+            outcome = worker.process(files[number])
+            end.send((number, outcome, worker.hopeless))
     worker.transport.close()
 
 
@@ -2375,20 +2433,20 @@ def run(options: Options, settings: Settings) -> int:
     if options.sent:
         check_sent(options.sent, files)
     worker, report = Worker(options, settings), Report(options.report) if options.report else None
-    many, stopped = len(files) != 1 or bool(options.sent), False
+    many, signals = len(files) != 1 or bool(options.sent), 0
 
     def halt(*_: object) -> None:
-        nonlocal stopped
-        if stopped or not many:
+        nonlocal signals
+        signals += 1
+        if signals == (2 if many else 1):  # no later one disturbs the end that this begins
             raise KeyboardInterrupt
-        stopped = True
 
     for number in (SIGINT, SIGTERM):
         if getsignal(number) != SIG_IGN:  # as nohup has it
             signal(number, halt)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
-    for outcome in outcomes(worker, files, options.jobs if options.sends else 1, lambda: stopped):
+    for outcome in outcomes(worker, files, options.jobs if options.sends else 1, lambda: signals > 0):
         counts[outcome.code] += 1
         if terminal:
             say("", descriptor=2, end="\r\x1b[K")
@@ -2441,9 +2499,10 @@ class Report:
         """Complain the first time that it cannot be written; the messages go on."""
         import json
 
-        line = {"file": outcome.file} | NOTHING_SENT | dict(outcome.record)
+        line = json.dumps({"file": outcome.file} | NOTHING_SENT | dict(outcome.record)).encode() + b"\n"
         try:
-            os.write(self.descriptor, json.dumps(line).encode() + b"\n")
+            while line:  # a full disk may take a part
+                line = line[os.write(self.descriptor, line) :]
         except OSError as error:
             if not self.broken:
                 complain(f"{PROGRAM}: {self.path}: {error.strerror} - the report is not complete")

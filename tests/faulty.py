@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
@@ -148,6 +149,8 @@ class Dialogue(socketserver.BaseRequestHandler):
             if not line or "body" in self.server.answers:
                 raise ConnectionAbortedError
             lines.append(line)
+            if len(lines) % self.server.lines_in_a_row == 0:
+                time.sleep(0.3)
         return b"".join(lines)
 
 
@@ -164,7 +167,7 @@ class Faulty(socketserver.ThreadingTCPServer):
     ) -> None:
         super().__init__(("127.0.0.1", 0), Dialogue)
         self.port = self.server_address[1]
-        self.tls, self.busy = tls, 0
+        self.tls, self.busy, self.lines_in_a_row = tls, 0, 1 << 30  # of a message, that are read without a rest
         self.lines: list[tuple[bool, bytes]] = []  # whether under TLS, and what the client said
         self.mails: list[Mail] = []
         offers = ["mx.tests.example", *extensions, *(["STARTTLS"] if tls else [])]
@@ -218,7 +221,10 @@ specification.loader.exec_module(program)
 {patch}
 sys.exit(program.main())
 """
-QUICK = "assert program.TIMEOUT == 60; program.TIMEOUT = 1"
+QUICK = """
+assert (program.TIMEOUT, program.FINAL_TIMEOUT) == (60, 600)
+program.TIMEOUT, program.FINAL_TIMEOUT = 1, 3
+"""
 ABROAD = "assert program.is_loopback('127.0.0.1'); program.is_loopback = lambda host: False"
 
 

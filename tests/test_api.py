@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.message import Message
@@ -420,6 +422,40 @@ def test_a_silent_server_times_out(heard: bool, api: StandIn, ca_file: str, fold
     assert done.returncode == 75
     assert re.fullmatch(rb"sparkpostSMIME\.py: %b: [^\n]*timed out[^\n]*\n" % host.encode(), done.stderr)
     assert (SENT in done.stderr) == heard
+
+
+class Leisurely(Handler):
+    """Rests while it reads a request."""
+
+    def do_POST(self) -> None:
+        whole, length = self.rfile, int(self.headers["Content-Length"])
+        pieces = []
+        while (missing := length - sum(map(len, pieces))) > 0:
+            pieces.append(whole.read(min(missing, 2_000_000)))
+            time.sleep(0.3)
+        self.rfile = io.BytesIO(b"".join(pieces))
+        super().do_POST()
+        self.rfile = whole
+
+
+def test_a_large_request_may_take_long(folder: Path) -> None:
+    with StandIn() as api:
+        api.RequestHandlerClass = Leisurely
+        api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        data = mail(b"A line of text, which is as long as lines of text in a message mostly are.\r\n" * 160_000)
+        done = subprocess.run(
+            [sys.executable, "-c", IMPATIENT, SCRIPT, "-", "--send_api"],
+            input=data,
+            env={"PATH": os.environ["PATH"], "SPARKPOST_API_KEY": API_KEY, "SPARKPOST_HOST": api.url},
+            cwd=folder,
+            capture_output=True,
+            timeout=30,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert api.requests[0].message.endswith(data[-1000:])
+    taken = re.search(rb"OK - in (\d+\.\d+) seconds", done.stdout)
+    assert taken
+    assert float(taken[1]) > 1
 
 
 @pytest.mark.parametrize("kind", ["unknown authority", "other host"])

@@ -103,6 +103,12 @@ def test_help_says_which_file_and_variable_an_option_needs(run: Run) -> None:
     assert [(option, need) for option in needs for need in needs[option].split() if need not in texts[option]] == []
 
 
+@pytest.mark.parametrize("place", ["--help >/dev/full", "--help >&-", "--help | true"])
+def test_help_that_nobody_can_read_is_no_fault_to_tell_at_length(place: str, folder: Path) -> None:
+    words = ["bash", "-c", f'"{sys.executable}" "{SCRIPT}" {place}']
+    assert subprocess.run(words, cwd=folder, capture_output=True, timeout=30).stderr == b""
+
+
 def test_help_starts_in_less_than_twice_the_time_of_argparse() -> None:
     """With the python3 that a user has, as the script's first line asks for it."""
     commands = (["python3", "-c", "import argparse"], [str(SCRIPT), "--help"])

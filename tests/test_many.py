@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import trustme
-from conftest import API_KEY, BOB, CAROL, SCRIPT, STEVE, STEVET, Run, mail
+from conftest import API_KEY, BOB, CAROL, PASSWORD, SCRIPT, STEVE, STEVET, Run, mail
 from faulty import (  # the fixtures among them are used by name
     LOADER,
+    QUICK,
     Answer,
     Fault,
     Faulty,
@@ -299,6 +300,25 @@ def test_a_report_on_a_full_disk_is_told_and_stops_no_message(run: Run, serve: S
     assert b"/dev/full: No space left" in done.stderr
 
 
+def test_a_report_that_is_written_in_part_is_told(serve: Serve, folder: Path) -> None:
+    letters(folder / "out", 5)  # whose last line is over the limit
+    limited = f'ulimit -f 1; exec "{sys.executable}" "{SCRIPT}" out --send_smtp --report report'
+    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(serve()), capture_output=True, timeout=30)
+    assert (folder / "report").stat().st_size == 1024
+    assert done.returncode == 1
+    assert done.stderr == b"sparkpostSMIME.py: report: File too large - the report is not complete\n"
+
+
+def test_the_report_names_a_message_for_which_there_was_no_connection(run: Run, folder: Path) -> None:
+    letters(folder / "out", 1, Message_ID="<n{}@thetucks.com>")
+    variables = dict(SMTP_HOST="localhost", SMTP_PORT=str(free_port()))
+    assert run("out", "--send_smtp", "--report", "report", **variables).returncode == 75
+    record = json.loads((folder / "report").read_text())
+    assert (record["message_id"], record["sender"], record["attempts"]) == ("<n1@thetucks.com>", STEVE, 0)
+    assert list(record["refused"]) == [STEVET]
+    assert "Connection refused" in record["refused"][STEVET]
+
+
 # ------------------------------------------------------------------------------------------------------- progress
 
 
@@ -497,7 +517,30 @@ def test_a_server_out_of_reach_is_given_up_after_three_messages(jobs: str, run: 
     done = run("out", "--send_smtp", "--jobs", jobs, SMTP_HOST="localhost", SMTP_PORT=str(free_port()))
     assert done.returncode == 75
     assert 3 <= done.stderr.count(b"Connection refused") <= 3 * int(jobs)  # each worker finds out
+    assert done.stderr.count(b"3 messages in a row found no way into the server: the rest is not tried") == 1
     assert re.search(SUMMARY.format(0, 40) + r", 40 to try again\n\Z", done.stdout.decode())
+
+
+def test_a_worker_that_gives_up_leaves_the_rest_to_the_others(run: Run, serve: Serve, folder: Path) -> None:
+    server: Faulty = serve(
+        {"connect": lambda _: LastWord(BUSY) if server.busy > 1 else "220 mx.tests.example ESMTP", "dot": slow(0.02)}
+    )
+    files = letters(folder / "out", 40)
+    done = run("out", "--send_smtp", "--jobs", "2", **to(server))
+    assert (done.returncode, len(done.stderr.splitlines())) == (75, done.stderr.count(b"too busy"))
+    assert 37 <= len(set(taken(server))) == len(server.mails) < len(files)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_login_that_is_refused_is_tried_for_three_messages_only(
+    jobs: str, run: Run, serve: Serve, folder: Path
+) -> None:
+    server = serve({"AUTH": "535 5.7.8 wrong"}, "AUTH PLAIN")
+    letters(folder / "out", 40, Bcc=CAROL)
+    done = run("out", "--send_smtp", "--encrypt", "--jobs", jobs, **to(server), SMTP_USER="me", SMTP_PASSWORD=PASSWORD)
+    assert (done.returncode, server.mails) == (1, [])
+    assert 3 <= server.heard.count(b"AUTH PLAIN") <= 3 * int(jobs)
+    assert done.stderr.count(b"5.7.8 wrong") == server.heard.count(b"AUTH PLAIN")
 
 
 @pytest.mark.parametrize("answer", [Fault.DROP, LastWord(BUSY)], ids=["dropped", "421"])
@@ -524,6 +567,17 @@ class Slow(Kept):
     def do_POST(self) -> None:
         time.sleep(0.03)
         super().do_POST()
+
+
+class Halting(Kept):
+    """Stops within its first answer, and goes on when the client has given it up."""
+
+    def do_POST(self) -> None:
+        first = not self.server.requests
+        super().do_POST()
+        if first:
+            time.sleep(2)
+            self.wfile.write(b"the rest")
 
 
 class Closing(Kept):
@@ -598,6 +652,23 @@ def test_a_connection_to_the_api_is_left_after_15_minutes(api: StandIn, folder: 
     variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=30)
     assert (done.returncode, len(api.requests), api.connections) == (0, 4, 4)
+
+
+def test_a_key_that_the_api_refuses_is_tried_for_three_messages_only(send_many: SendMany, api: StandIn) -> None:
+    done = send_many(12, Kept, answers=[reply(401, {"errors": [{"message": "Unauthorized."}]})])
+    assert (done.returncode, len(api.requests)) == (1, 3)
+    assert b"the rest is not tried" in done.stderr
+
+
+def test_the_rest_of_a_reply_answers_no_other_request(api: StandIn, folder: Path) -> None:
+    letters(folder / "out", 3)
+    api.RequestHandlerClass = Halting
+    api.answers = [accepted(1).replace(b"Content-Length: ", b"Content-Length: 1"), accepted(1)]
+    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=QUICK), "out", "--send_api"]
+    variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=30)
+    assert (done.returncode, len(api.requests), api.connections) == (1, 3, 2)
+    assert done.stderr.count(b"the reply is cut short") == len(done.stderr.splitlines()) == 1
 
 
 def test_workers_have_a_connection_to_the_api_each(send_many: SendMany, api: StandIn) -> None:

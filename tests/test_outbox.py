@@ -39,12 +39,11 @@ SEND = ("out", "--send_smtp", "--sent", "sent")
 DOOMED = """
 import os
 serve, first = program.serve, "first-worker"
-def doomed(worker, files, numbers, *rest):
+def doomed(*arguments):
     try:
         os.close(os.open(first, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return serve(worker, files, numbers, *rest)
-    numbers.poll(10)  # a message has been handed out
+        return serve(*arguments)
     os.kill(os.getpid(), 9)
 program.serve = doomed
 """
@@ -205,6 +204,55 @@ def test_a_folder_that_cannot_serve_is_told_before_anything_is_sent(
     assert re.fullmatch(rf"sparkpostSMIME\.py: .*{sent}.*\n", done.stderr.decode())
 
 
+def test_files_of_one_name_do_not_overwrite_each_other(start: Start, serve: Serve, out: Path) -> None:
+    server, folders = serve({}, "PIPELINING"), [out / name for name in "abcdefgh"]
+    files = sorted(
+        (path for each in folders for path in letters(each, 40, X_From=each.name)), key=lambda path: path.name
+    )
+    before = {path.read_bytes() for path in files}
+    code, _, stderr = ended(start(*files, *SEND[1:], "--jobs", "4", **to(server)))
+    assert (code, stderr) == (0, "")
+    assert set(content_of(out.parent / "sent").values()) == before
+    assert len(server.mails) == len(before) == 320
+
+
+@pytest.mark.parametrize("how", ["renamed", "written over"])
+@pytest.mark.parametrize("answer", ["250 2.1.5 ok", LATER], ids=["everybody", "some"])
+def test_a_message_that_takes_the_place_of_one_under_way_is_sent_too(
+    answer: str, how: str, run: Run, serve: Serve, out: Path
+) -> None:
+    message, new = out / "a.eml", TO_THREE.replace(b"Hello", b"Later")
+    message.write_bytes(TO_THREE)
+
+    def replace(_: str) -> str:
+        if len(server.mails) == 1:
+            place = out / "b" if how == "renamed" else message
+            place.write_bytes(new)
+            place.rename(message)
+        return "250 2.0.0 ok"
+
+    server: Faulty = serve({"dot": replace, TO_BOB: answer})
+    assert run(*SEND, **to(server)).returncode == (0 if answer.startswith("2") else 75)
+    assert message.read_bytes() == new
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, **to(server)).returncode == 0
+    assert recipients(server)[-1] == [STEVET, BOB, CAROL]
+    assert [b"Later" in each.content for each in server.mails] == [False, True]
+    assert (content_of(out), content_of(out.parent / "sent")) == ({}, {"a.eml": new})
+
+
+@pytest.mark.parametrize("where", ["out", "sent"])
+def test_what_a_killed_run_left_of_its_trial_keeps_nobody_back(
+    where: str, serve: Serve, out: Path, folder: Path
+) -> None:
+    server = serve()
+    letters(out, 1)
+    command = f'touch {where}/.sparkpostSMIME.py.$$; exec "{sys.executable}" "{SCRIPT}" {" ".join(SEND)}'
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr, taken(server)) == (0, b"", ["00001"])
+    assert not content_of(out)
+
+
 # --------------------------------------------------------------------------------------------- accepted by some only
 
 
@@ -315,6 +363,14 @@ def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, o
     assert not content_of(out)
 
 
+def test_a_name_that_leaves_no_room_for_a_note_is_told_and_the_others_go(run: Run, serve: Serve, out: Path) -> None:
+    server, (first, _) = serve(), letters(out, 2)
+    long = first.rename(out / ("n" * 245 + ".eml"))
+    done = run(*SEND, **to(server))
+    assert (done.returncode, taken(server), long.exists()) == (1, ["00002"], True)
+    assert re.fullmatch(rf"sparkpostSMIME\.py: out/{long.name}.*: File name too long\n", done.stderr.decode())
+
+
 # ------------------------------------------------------------------------------------------------- runs that overlap
 
 
@@ -356,17 +412,30 @@ def test_overlapping_runs_send_each_message_once(start: Start, serve: Serve, out
     assert (sent, sorted(taken(server)), names((out.parent / "sent").iterdir())) == (60, names(files), names(files))
 
 
-@pytest.mark.parametrize("sent", [True, False], ids=["outbox", "plain"])
-def test_a_message_that_vanishes_was_another_runs_in_an_outbox_only(
-    sent: bool, run: Run, serve: Serve, out: Path
+@pytest.mark.parametrize(("place", "sent"), [("sent", True), ("elsewhere", True), ("sent", False)])
+def test_a_message_that_vanishes_was_another_runs_where_that_has_moved_it(
+    place: str, sent: bool, run: Run, serve: Serve, out: Path
 ) -> None:
-    files = letters(out, 4)
-    server = serve({"MAIL": lambda _: files[2].unlink(missing_ok=True) or "250 2.1.0 ok"})
+    files, theirs = letters(out, 4), out.parent / place
+    theirs.mkdir(exist_ok=True)
+
+    def move(_: str) -> str:
+        with suppress(FileNotFoundError):
+            files[2].rename(theirs / files[2].name)
+        return "250 2.1.0 ok"
+
+    server, moved = serve({"MAIL": move}), sent and place == "sent"
     done = run(*SEND[: 4 if sent else 2], **to(server))
     assert taken(server) == ["00001", "00002", "00004"]
-    end = "3, 1 under way elsewhere" if sent else "4, 1 refused"
+    end = "3, 1 under way elsewhere" if moved else "4, 1 refused"
     assert re.search(SUMMARY.format("3", end[0]) + end[1:] + "\n", done.stdout.decode())
-    assert (done.returncode, b"00003.eml: No such file" in done.stderr) == ((0, False) if sent else (1, True))
+    assert (done.returncode, b"00003.eml: No such file" in done.stderr) == ((0, False) if moved else (1, True))
+
+
+@pytest.mark.parametrize("name", ["outt", "out/absent.eml", "out/*.eml"])
+def test_a_mistyped_outbox_is_no_empty_one(name: str, run: Run, serve: Serve, out: Path) -> None:
+    done = run(name, *SEND[1:], **to(serve()))
+    assert (done.returncode, done.stderr) == (1, f"sparkpostSMIME.py: {name}: No such file or directory\n".encode())
 
 
 # -------------------------------------------------------------------------------------------- files and disks at fault
@@ -501,6 +570,30 @@ def test_a_single_message_stops_at_once_and_many_at_the_second_signal(
     assert names(out.iterdir()) == names(files)
 
 
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_any_number_of_signals_ends_in_order(jobs: str, start: Start, serve: Serve, out: Path) -> None:
+    letters(out, 3)
+    for _ in range(5):
+        server = serve({"dot": Fault.SILENCE})
+        process = start(*SEND, "--jobs", jobs, **to(server))
+        wait_for(lambda: len(server.mails) == int(jobs))  # noqa: B023
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        code, _, _ = ended(process)
+        assert code == 75
+    assert len(content_of(out)) == 3
+
+
+def test_a_signal_after_the_last_answer_does_not_undo_it(start: Start, serve: Serve, out: Path) -> None:
+    server, (message,) = serve({"QUIT": Fault.SILENCE}), letters(out, 1)
+    process = start(message, "--send_smtp", **to(server))
+    wait_for(lambda: any(line.upper().startswith(b"QUIT") for _, line in server.lines))
+    process.terminate()
+    code, stdout, stderr = ended(process)
+    assert (code, stderr, "\nOK - in" in stdout) == (0, "", True)
+
+
 @pytest.mark.parametrize("jobs", ["2", "4"])
 def test_workers_end_when_the_parent_is_killed(jobs: str, start: Start, run: Run, serve: Serve, out: Path) -> None:
     server, files = serve({"dot": slow(0.1)}, "PIPELINING"), letters(out, 40)
@@ -539,7 +632,8 @@ def test_when_all_workers_are_killed_the_rest_waits_for_the_next_run(start: Star
     code, stdout, stderr = ended(process)
     left = names(out.iterdir())
     assert code == 75
-    assert stderr.count("its process was killed; the message may have been sent") == len(stderr.splitlines()) <= 2
+    assert stderr.count("its process was killed; the message may have been sent") == len(stderr.splitlines()) - 1 <= 2
+    assert stderr.count("no process is left: the rest is not tried") == 1
     assert re.search(SUMMARY.format(30 - len(left), 30) + f", {len(left)} to try again", stdout)
     assert {*taken(server), *left} == set(names(files))
 

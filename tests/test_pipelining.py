@@ -297,6 +297,18 @@ def test_other_refusals_are_not_asked_again_in_the_further_transaction(
     assert server.heard.count(b"RCPT TO:<bob") == 1
 
 
+def test_a_connection_lost_in_the_further_transaction_keeps_a_further_copy_back(
+    extensions: list[str], send: Send, serve: Serve
+) -> None:
+    server: Faulty = serve(
+        {**Limit(1).answers, "dot": lambda _: Fault.DROP if len(server.mails) == 2 else "250 ok"}, *extensions
+    )
+    outcome = send(server, mail(To=f"{STEVET}, {BOB}", Bcc=CAROL), "--encrypt")
+    assert "\nOK for 1 of 3 recipients" in outcome.out
+    assert (outcome.code, outcome.err.count("may have been sent")) == (1, 1)
+    assert f"not sent to {BOB}, {CAROL}" in outcome.err
+
+
 @pytest.mark.parametrize("second", ["MAIL", "dot"])
 def test_a_further_transaction_that_fails_does_not_undo_the_first(
     second: str, extensions: list[str], send: Send, serve: Serve

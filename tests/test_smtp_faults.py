@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import pytest
 from conftest import BOB, CAROL, STEVE, STEVET, Run, mail
@@ -18,6 +19,7 @@ from faulty import (  # the fixtures among them are used by name
     start_mailbox,  # noqa: F401
 )
 from servers import free_port
+from test_many import slow
 
 RELAYING = "550 5.7.1 relaying denied"
 
@@ -128,6 +130,24 @@ def test_silent_server_is_given_up(stage: str, send: Send, serve: Serve) -> None
     assert outcome.code == 75
     assert re.fullmatch(r"sparkpostSMIME.py: localhost port \d+: .*timed out.*\n", outcome.err)
     assert ("may have been sent" in outcome.err) == (stage == "dot")
+
+
+def test_server_may_think_about_a_message_for_long(send: Send, serve: Serve) -> None:
+    outcome = send(serve({"dot": slow(1.5)}), patch=QUICK)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_large_message_may_take_long(send: Send, serve: Serve) -> None:
+    server = serve()
+    server.lines_in_a_row = 20_000
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    lines = b"A line of text, which is as long as lines of text in a message mostly are.\r\n" * 160_000
+    outcome = send(server, mail(lines), patch=QUICK)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert server.mails[0].content.endswith(lines)
+    taken = re.search(r"OK - in (\d+\.\d+) seconds", outcome.out)
+    assert taken
+    assert float(taken[1]) > 1
 
 
 @pytest.mark.parametrize("fault", [Fault.DROP, Fault.SILENCE])
