@@ -196,7 +196,7 @@ class TemporaryError(Error):
 
 
 class Lost(TemporaryError):
-    """The connection is gone, and the message under way may have been sent."""
+    """The connection is gone; a message that was handed over may have been sent."""
 
 
 class Closed(Lost):
@@ -223,7 +223,7 @@ def system_errors(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Error(f"{what}: {error.strerror}", hint) from None
+        raise Error(f"{what}: {error.strerror or error}", hint) from None
 
 
 # -------------------------------------------------------------------------------------------------------- types
@@ -1545,8 +1545,8 @@ class Stdout:
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error."""
-        with system_errors("standard output"), open(1, "wb", closefd=False) as stdout:
-            stdout.write(message)
+        with system_errors("standard output"):
+            write_all(1, message)
         return Receipt(envelope.recipients, {})
 
     def close(self) -> None:
@@ -1724,8 +1724,6 @@ def session_class() -> type[Any]:
         handed_over = False  # a message, to which no answer has come yet
 
         def getreply(self) -> tuple[int, bytes]:
-            if self.sock:
-                self.sock.settimeout(FINAL_TIMEOUT if self.handed_over else TIMEOUT)
             code, text = super().getreply()
             if code == -1 and self.handed_over:
                 raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
@@ -1755,12 +1753,15 @@ def session_class() -> type[Any]:
                 for start in range(0, len(message), PIECE):
                     piece = message[start : start + PIECE]
                     self.send(piece if start + PIECE < len(message) else piece + end)
+                sock: Any = self.sock
+                sock.settimeout(FINAL_TIMEOUT)
                 answer, begun = self.getreply(), False
+                sock.settimeout(TIMEOUT)
                 if answer[0] == 250:
                     return refused
                 failure = smtplib.SMTPDataError(*answer)
             self.handed_over = False
-            with suppress(smtplib.SMTPServerDisconnected):
+            with suppress(smtplib.SMTPException):
                 if begun and not all(200 <= code < 600 for code, _ in replies):
                     self.close()  # whatever this server speaks, it shall not deliver an empty message
                 elif begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
@@ -1908,7 +1909,11 @@ class Api:
 
     def read_reply(self, status: int, reply: bytes, recipients: tuple[str, ...]) -> Receipt:
         """What the API says of a message for these recipients. Raises Error."""
-        answer = json_object(reply)
+        import json
+
+        answer: dict[str, object] = {}
+        with suppress(ValueError, TypeError, RecursionError):  # of what is no JSON object
+            answer = {**json.loads(reply)}
         results = answer.get("results")
         results = results if isinstance(results, dict) else {}
         answers = api_errors(answer.get("errors")) + api_errors(results.get("rcpt_to_errors"))
@@ -1944,14 +1949,18 @@ def kept_connection() -> Any:
 
     def kept(kind: type[client.HTTPConnection]) -> type[Any]:
         class Connection(kind):  # type: ignore[misc, valid-type]
-            kept: socket.socket | None = None
+            sock: Any
+            kept: Any = None
 
             def request(self, method: str, url: str, body: Any, headers: Any, **named: Any) -> None:
                 self.sock, self.kept = self.kept, None
                 super().request(method, url, body, headers | {"Connection": "keep-alive"}, **named)
 
             def getresponse(self) -> Any:
+                self.sock.settimeout(FINAL_TIMEOUT)
                 response = super().getresponse()
+                if self.sock:
+                    self.sock.settimeout(TIMEOUT)
                 self.kept, self.sock = self.sock, None  # urllib closes what it finds here
                 return response
 
@@ -1982,17 +1991,6 @@ def kept_connection() -> Any:
     return Handler()
 
 
-def json_object(reply: bytes) -> dict[str, object]:
-    """A reply's JSON object, empty where there is none to read."""
-    import json
-
-    try:
-        value = json.loads(reply) if len(reply) <= LARGEST_REPLY else None
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}
-
-
 def api_errors(errors: object) -> list[str]:
     """Each error as `code, message, description`, as far as it has them."""
     found = []
@@ -2017,14 +2015,14 @@ def locked(path: str, sent: str) -> Iterator[list[int]]:
         try:  # NFS locks only what may be written
             file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
             flock(file, LOCK_EX | LOCK_NB)
+            which, now = identity(file.fileno()), identity(path)
         except OSError as error:
             moved = os.path.lexists(os.path.join(sent, os.path.basename(path)))
             if isinstance(error, BlockingIOError) or (isinstance(error, FileNotFoundError) and moved):
                 raise Elsewhere from None
             raise
     with file:
-        which = identity(file.fileno())
-        if identity(path)[:1] != which[:1]:
+        if now[:1] != which[:1]:
             raise Elsewhere
         yield which
 
@@ -2051,16 +2049,16 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
     """Keep who has this message, None where that is unknown, through crashes and power cuts. Raises OSError."""
     import json
 
-    note = f"{path}.accepted"
+    new = f"{path}.noting"  # shorter than the note's own name, which was tried before anything was sent
     try:
-        with open(os.open(f"{note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"file": which, "accepted": accepted}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{note}.new", note)
+        os.replace(new, f"{path}.accepted")
     except OSError:
         with suppress(OSError):
-            os.unlink(f"{note}.new")
+            os.unlink(new)
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
@@ -2080,19 +2078,22 @@ def move_to(sent: str, path: str, which: list[int]) -> None:
 
     Another message that has come in its place meanwhile stays for the next run.
     """
+    from fcntl import LOCK_EX, flock
+
     if identity(path) != which:
         return
     stem, suffix = os.path.splitext(os.path.basename(path))
-    for number in count():
-        target = os.path.join(sent, f"{stem}{f'.{number}' if number else ''}{suffix}")
-        with suppress(FileExistsError):
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))  # so that no other run takes this name
-            break
+    names = (f"{stem}{f'.{number}' if number else ''}{suffix}" for number in count())
+    folder = os.open(sent, os.O_RDONLY)
     try:
+        with suppress(OSError):  # NFS locks no folder
+            flock(folder, LOCK_EX)  # lest two messages of one name find it free
+        target = next(target for name in names if not os.path.lexists(target := os.path.join(sent, name)))
         os.rename(path, target)
-    except OSError:
-        os.unlink(target)
-        raise
+        if identity(target) != which:  # it came after the look above
+            os.rename(target, path)
+    finally:
+        os.close(folder)
     with suppress(FileNotFoundError):
         os.unlink(f"{path}.accepted")
 
@@ -2115,7 +2116,7 @@ def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
 def check_sent(sent: str, files: Iterable[str]) -> None:
     """Try whether messages can be moved to this folder. Raises Error."""
     for folder in {os.path.dirname(path) or "." for path in files}:
-        probe = os.path.join(folder, f".{PROGRAM}.{os.getpid()}")
+        probe = os.path.join(folder, f".{PROGRAM}.{os.urandom(8).hex()}")
         cure = "both must exist on one file system, and you must be allowed to write in both"
         with system_errors(f"{folder}: messages cannot be moved to {sent}", cure):
             if os.path.samefile(folder, sent):
@@ -2274,17 +2275,30 @@ class Worker:
         sent = self.options.sent
         had = read_note(path, which) if sent else []
         message = prepare(path, had, self.options, self.keyring)
+        if sent and identity(path) != which:
+            raise TemporaryError(f"{path}: another message has come in its place", "the next run sends that")
         total, troubles = Receipt((), {}, temporary=True), list[str]()
         for content, envelope in message.copies:
             total = total.plus(self.hand_over(content, envelope, gone=total.lost))
             if sent and 0 < total.reached < message.wanted:
-                note = None if total.unknown else [*had, *total.accepted]
-                troubles += trouble(f"{path}: who has it cannot be noted", write_note, path, which, note)
+                troubles += self.note(path, which, None if total.unknown else [*had, *total.accepted])
         if sent and total.reached == message.wanted:
-            troubles += trouble(f"{path}: sent, but not moved to {sent}", move_to, sent, path, which)
-        if troubles:
-            self.hopeless = "the outbox cannot be written"
+            try:
+                move_to(sent, path, which)
+            except OSError as error:
+                troubles.append(f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}")
+                troubles += self.note(path, which, [*had, *total.accepted])
         return self.conclude(path, message, total, troubles)
+
+    def note(self, path: str, which: list[int], accepted: list[str] | None) -> list[str]:
+        """Keep who has a message; what went wrong, if anything did, and then it is better to send no more."""
+        try:
+            write_note(path, which, accepted)
+        except OSError as error:
+            self.hopeless = "the outbox cannot be written"
+            failure = f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror}"
+            return [f"{failure} - the next run may send it again"]
+        return []
 
     def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
         """Deliver one copy, unless the server is gone."""
@@ -2315,8 +2329,8 @@ class Worker:
             some = "" if everybody else f" for {total.reached} of {message.wanted} recipients"
             lines.append(f"OK{some} - in {total.seconds:.3f} seconds")
         code = EXIT_OK if everybody and not troubles else EXIT_FAILED
-        if code and total.temporary and not troubles and (self.options.sent or not total.reached):
-            code = EXIT_TEMPORARY
+        if everybody or (total.temporary and not troubles and (self.options.sent or not total.reached)):
+            code = code and EXIT_TEMPORARY
         record = {
             "message_id": message.identifier,
             "sender": message.sender,
@@ -2330,18 +2344,9 @@ class Worker:
         return Outcome(path, code, record, lines=lines, errors=errors)
 
 
-def trouble(what: str, act: Callable[..., None], *words: object) -> list[str]:
-    """Do something to an outbox; what went wrong, if anything did."""
-    try:
-        act(*words)
-    except OSError as error:
-        return [f"{PROGRAM}: {what}: {error.strerror} - the next run may send it again"]
-    return []
-
-
 def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
     """What becomes of the message files, one after the other; until halted."""
-    if jobs == 1:
+    if min(jobs, len(files)) < 2:
         for path in files:
             if halted():
                 break
@@ -2363,20 +2368,21 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
     ends, untold, left = list(processes), set(range(len(files))), b""
     try:
         while ends:
-            for end in list[Any](wait(ends)):
+            if halted():
+                left += os.read(numbers, NUMBER * len(files))
+            for end in list[Any](wait(ends, 0.1)):
                 try:
                     number, outcome, worker.hopeless = end.recv()
                 except (EOFError, OSError):  # the process has ended
                     ends.remove(end)
                     continue
                 untold.remove(number)
-                if halted():
-                    left += os.read(numbers, NUMBER * len(files))
                 yield outcome
         left += os.read(numbers, NUMBER * len(files))
         worker.hopeless = worker.hopeless or "no process is left"
+        taken = len(files) - len(left) // NUMBER
         for number in sorted(untold):
-            if number < len(files) - len(left) // NUMBER:
+            if number < taken:
                 text = "its process was killed; the message may have been sent"
                 yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
             elif not halted():
@@ -2389,9 +2395,10 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
 
 
 def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[Any, Any]]:
-    """So many processes that begin together, and the open file from which they read the numbers of their message files.
+    """So many processes, and the open file from which they read the numbers of their message files. Raises Error.
 
-    Its place is theirs together and moves on with each read (read(2)), so each number is taken once. Raises Error.
+    They have one place in it, which moves on with each read, so each number is taken once: POSIX says so of regular
+    files, and Linux keeps it for those that open() opened. None begins before all are there.
     """
     from multiprocessing import get_context
     from tempfile import TemporaryFile
@@ -2418,7 +2425,7 @@ def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: 
         other.close()
     for signal_number in (SIGINT, SIGTERM):
         signal(signal_number, SIG_IGN)  # who shares out ends in order
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, ConnectionError):
         end.recv()
         while not worker.hopeless and (taken := os.read(numbers, NUMBER)):
             number = int.from_bytes(taken, "big")
@@ -2499,10 +2506,9 @@ class Report:
         """Complain the first time that it cannot be written; the messages go on."""
         import json
 
-        line = json.dumps({"file": outcome.file} | NOTHING_SENT | dict(outcome.record)).encode() + b"\n"
+        line = {"file": outcome.file} | NOTHING_SENT | dict(outcome.record)
         try:
-            while line:  # a full disk may take a part
-                line = line[os.write(self.descriptor, line) :]
+            write_all(self.descriptor, json.dumps(line).encode() + b"\n")
         except OSError as error:
             if not self.broken:
                 complain(f"{PROGRAM}: {self.path}: {error.strerror} - the report is not complete")
@@ -2515,8 +2521,15 @@ def say(*lines: str, descriptor: int = 1, end: str = "\n") -> None:
         line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
         for line in lines
     ]
-    with suppress(OSError), open(descriptor, "w", errors="backslashreplace", closefd=False) as output:
-        output.write("\n".join(shown) + end)
+    with suppress(OSError):
+        write_all(descriptor, ("\n".join(shown) + end).encode(sys.getfilesystemencoding(), "backslashreplace"))
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write without a buffer, for that would be flushed once more after a signal. Raises OSError."""
+    rest = memoryview(data)
+    while rest:  # a full disk may take a part
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def complain(line: str) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -241,16 +242,25 @@ def test_a_message_that_takes_the_place_of_one_under_way_is_sent_too(
     assert (content_of(out), content_of(out.parent / "sent")) == ({}, {"a.eml": new})
 
 
-@pytest.mark.parametrize("where", ["out", "sent"])
-def test_what_a_killed_run_left_of_its_trial_keeps_nobody_back(
-    where: str, serve: Serve, out: Path, folder: Path
+def test_a_message_that_is_replaced_again_and_again_is_never_moved_unsent(
+    start: Start, run: Run, serve: Serve, out: Path
 ) -> None:
-    server = serve()
-    letters(out, 1)
-    command = f'touch {where}/.sparkpostSMIME.py.$$; exec "{sys.executable}" "{SCRIPT}" {" ".join(SEND)}'
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=to(server), capture_output=True, timeout=30)
-    assert (done.returncode, done.stderr, taken(server)) == (0, b"", ["00001"])
+    server, message = serve({}, "PIPELINING"), out / "daily.eml"
+    process = start(*[message] * 20_000, "--send_smtp", "--sent", "sent", "--quiet", **to(server))
+    for number in count(1):
+        (out / "new").write_bytes(mail(Subject=f"token-{number}"))
+        (out / "new").rename(message)
+        if process.poll() is not None:
+            break
+        time.sleep(0.001)
+    assert run(*SEND, **to(server)).returncode == 0
     assert not content_of(out)
+    moved = [token(content) for content in content_of(out.parent / "sent").values()]
+    assert sorted(moved) == sorted(set(moved))
+    assert set(moved) <= set(taken(server))
+    assert len(taken(server)) == len(set(taken(server)))
+    assert str(number) in moved
+    assert len(moved) > 20
 
 
 # --------------------------------------------------------------------------------------------- accepted by some only
@@ -371,6 +381,22 @@ def test_a_name_that_leaves_no_room_for_a_note_is_told_and_the_others_go(run: Ru
     assert re.fullmatch(rf"sparkpostSMIME\.py: out/{long.name}.*: File name too long\n", done.stderr.decode())
 
 
+def test_a_long_name_leaves_room_for_a_note_wherever_it_is_sent(run: Run, serve: Serve, out: Path) -> None:
+    server, message = serve({TO_BOB: LATER}), out / ("n" * 242 + ".eml")
+    message.write_bytes(TO_THREE)
+    for _ in range(2):
+        assert run(*SEND, **to(server)).returncode == 75
+    assert recipients(server) == [[STEVET, CAROL]]
+
+
+def test_what_is_no_file_is_told_in_words(run: Run, serve: Serve, out: Path) -> None:
+    (message,) = letters(out, 1)
+    os.mkfifo(out / "00000.eml")
+    done = run(*SEND, **to(serve()))
+    assert (done.returncode, message.exists()) == (1, False)
+    assert re.fullmatch(rb"sparkpostSMIME\.py: out/00000\.eml: [^\n]*seek[^\n]*\n", done.stderr)
+
+
 # ------------------------------------------------------------------------------------------------- runs that overlap
 
 
@@ -489,7 +515,7 @@ def test_a_read_only_disk_is_told_before_anything_is_sent(run: Run, serve: Serve
     assert str(volume / "sent").encode() in done.stderr
 
 
-def test_a_folder_that_is_lost_midway_repeats_one_message_at_most(run: Run, serve: Serve, out: Path) -> None:
+def test_what_is_sent_but_cannot_be_moved_is_not_sent_again(run: Run, serve: Serve, out: Path) -> None:
     files, sent, elsewhere = letters(out, 6), out.parent / "sent", out.parent / "elsewhere"
     server: Faulty = serve({"dot": lambda _: lose() if len(server.mails) == 3 else "250 2.0.0 ok"})
 
@@ -498,13 +524,13 @@ def test_a_folder_that_is_lost_midway_repeats_one_message_at_most(run: Run, serv
         return "250 2.0.0 ok"
 
     done = run(*SEND, **to(server))
-    assert done.returncode in (1, 75)
-    assert b"00003.eml" in done.stderr
+    assert (done.returncode, len(done.stderr.splitlines())) == (75, 4)
+    assert b"00003.eml: sent, but not moved to sent: No such file" in done.stderr
+    assert re.search(SUMMARY.format(2, 6) + ", 4 to try again", done.stdout.decode())
     elsewhere.rename(sent)
-    server.answers["dot"] = "250 2.0.0 queued"
-    assert run(*SEND, **to(server)).returncode == 0
-    assert sorted(set(taken(server))) == names(files)
-    assert len(server.mails) <= 7
+    done = run(*SEND, **to(server))
+    assert (done.returncode, done.stderr, content_of(out)) == (0, b"", {})
+    assert taken(server) == names(files) == names(sent.iterdir())
 
 
 def test_a_full_disk_loses_nothing(run: Run, serve: Serve, volume: Path) -> None:
@@ -538,10 +564,11 @@ def test_a_signal_lets_what_is_under_way_end_and_leaves_the_rest(
     process = start(*SEND, "--jobs", jobs, **to(server))
     wait_for(lambda: len(server.mails) > 4)
     (os.killpg if whole_group else os.kill)(process.pid, number)
+    most = len(server.mails) + int(jobs) + 1
     code, stdout, stderr = ended(process)
     sent = names((out.parent / "sent").iterdir())
     assert (code, stderr, sorted(taken(server))) == (75, "", sent)
-    assert len(sent) < 20
+    assert len(sent) <= most
     assert re.search(SUMMARY.format(len(sent), 60) + f", {60 - len(sent)} to try again\n\\Z", stdout)
     assert len(re.findall("(?m)^OK - in", stdout)) == len(sent)
     server.answers["dot"] = "250 2.0.0 queued"
@@ -568,6 +595,21 @@ def test_a_single_message_stops_at_once_and_many_at_the_second_signal(
     assert code in (1, 75)
     assert "interrupted; a message under way may have been sent" in stderr
     assert names(out.iterdir()) == names(files)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_two_signals_end_a_run_whose_output_nobody_reads(jobs: str, start: Start, serve: Serve, out: Path) -> None:
+    server = serve({}, "PIPELINING")
+    letters(out, 400, Cc=f'"{"Bob " * 200}" <{BOB}>')
+    process, before = start(*SEND, "--jobs", jobs, **to(server)), -1
+    while len(server.mails) > before:  # until the pipe is full
+        before = len(server.mails)
+        time.sleep(1)
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.2)
+    assert process.wait(10) == 75
+    assert 0 < before < 400
 
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
