@@ -111,29 +111,26 @@ from time import monotonic, perf_counter
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote_from_bytes
 
+MISSING = "sparkpostSMIME.py: the package {} is missing or too old - pip install -r requirements.txt"
 try:
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.ciphers.algorithms import AES256
     from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-    from cryptography.hazmat.primitives.serialization.pkcs7 import (
-        PKCS7EnvelopeBuilder,
-        PKCS7Options,
-        PKCS7SignatureBuilder,
-    )
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key, pkcs7
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, PublicKeyAlgorithmOID
 except ImportError as missing:
-    raise SystemExit(
-        f"sparkpostSMIME.py: the package {missing.name} is missing or too old - pip install -r requirements.txt"
-    ) from None
+    raise SystemExit(MISSING.format(missing.name)) from None
 
 gc.freeze()  # no collection need look at what stays
 gc.enable()
 
 ODD_CERTIFICATES = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm)
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+Certificates = list[x509.Certificate]
+Answers = dict[str, tuple[int, bytes]]  # of an SMTP server, to recipients
+Fault = tuple[str, str, str]  # the check, what is wrong, and the cure
 Extension = TypeVar("Extension")
 
 # ---------------------------------------------------------------------------------------------------- constants
@@ -142,9 +139,7 @@ PROGRAM = "sparkpostSMIME.py"
 VERSION = "1.0.0"
 EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY = 0, 1, 75  # 75 is EX_TEMPFAIL: a mail server's pipe tries again later
 TIMEOUT = 60  # seconds, for each step of a dialogue on the network
-FINAL_TIMEOUT = (
-    600  # seconds, for the answer to a whole message, RFC 5321 section 4.5.3.2.6: who gives up sends it twice
-)
+FINAL_TIMEOUT = 600  # for the answer to a whole message, RFC 5321 section 4.5.3.2.6: who gives up sends it twice
 LONGEST_LINE = 998  # bytes before CRLF, RFC 5322 section 2.1.1
 LARGEST_CONTENT = 20_000_000  # bytes, that the API takes
 MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
@@ -293,7 +288,7 @@ class Signer(NamedTuple):
 
     key: PrivateKey
     certificate: x509.Certificate
-    chain: Sequence[x509.Certificate]
+    chain: Certificates
 
 
 class Receipt(NamedTuple):
@@ -363,13 +358,9 @@ class Outcome(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Read the command line, as HELP explains it; a wrong one ends the program with exit code 2."""
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        usage="%(prog)s [options] FILE.eml [FILE.eml ...]",
-        formatter_class=lambda prog: HelpFormatter(prog, width=100),  # to ask for the terminal's width takes modules
-        allow_abbrev=False,
-        add_help=False,
-    )
+    usage = "%(prog)s [options] FILE.eml [FILE.eml ...]"
+    narrow = partial(HelpFormatter, width=100)  # to ask for the terminal's width takes modules
+    parser = ArgumentParser(PROGRAM, usage, formatter_class=narrow, allow_abbrev=False, add_help=False)
     add = parser.add_argument
     add("files", metavar="FILE.eml", nargs="+")
     for name in ("sign", "encrypt", "opaque", "protect_headers", "send_smtp", "send_api", "date_now", "quiet"):
@@ -429,26 +420,24 @@ def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mappin
 
 def read_settings(environ: Mapping[str, str], options: Options) -> Settings:
     """Check the variables that this run needs, before anything else is read. Raises Error."""
+    if options.send_smtp:
+        require(environ, "SMTP_HOST", "SMTP_USER", "SMTP_PASSWORD")
+    if options.send_api:
+        require(environ, "SPARKPOST_API_KEY")
     settings = Settings(
         smtp_host=environ.get("SMTP_HOST", ""),
-        smtp_port=25,
+        smtp_port=port_number(environ.get("SMTP_PORT") or "25", "SMTP_PORT") if options.send_smtp else 0,
         smtp_user=environ.get("SMTP_USER", ""),
         smtp_password=environ.get("SMTP_PASSWORD", ""),
         smtp_tls=environ.get("SMTP_TLS") or "auto",
         smtp_ca_file=environ.get("SMTP_CA_FILE", ""),
         api_key=environ.get("SPARKPOST_API_KEY", ""),
-        api_host="",
+        api_host=api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com") if options.send_api else "",
         key_password=environ.get("SMIME_KEY_PASSWORD", ""),
         ca_file=options.ca_file or environ.get("SMIME_CA_FILE", ""),
     )
-    if options.send_smtp:
-        require(environ, "SMTP_HOST", "SMTP_USER", "SMTP_PASSWORD")
-        settings = settings._replace(smtp_port=port_number(environ.get("SMTP_PORT") or "25", "SMTP_PORT"))
-        if settings.smtp_tls not in ("auto", "verify", "off"):
-            raise Error(f"SMTP_TLS is {settings.smtp_tls!r}", "it must be auto, verify or off")
-    if options.send_api:
-        require(environ, "SPARKPOST_API_KEY")
-        settings = settings._replace(api_host=api_url(environ.get("SPARKPOST_HOST") or "https://api.sparkpost.com"))
+    if options.send_smtp and settings.smtp_tls not in ("auto", "verify", "off"):
+        raise Error(f"SMTP_TLS is {settings.smtp_tls!r}", "it must be auto, verify or off")
     return settings
 
 
@@ -470,9 +459,7 @@ def port_number(text: str, name: str) -> int:
 
 def api_url(host: str) -> str:
     """The base of the API's address. Raises Error for one that would send the key in the clear."""
-    url = re.fullmatch(
-        r"(?:(https?)://)?([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[0-9A-Fa-f:]+\])(?::([0-9]+))?/?", host, re.ASCII
-    )
+    url = re.fullmatch(r"(?a)(?:(https?)://)?([\w-]{1,63}(?:\.[\w-]{1,63})*|\[[\dA-Fa-f:]+\])(?::(\d+))?/?", host)
     if not url:
         raise Error("SPARKPOST_HOST is no address of an API", "it must be like https://api.eu.sparkpost.com")
     scheme, name, port = url[1] or "https", url[2], url[3] or ""
@@ -483,10 +470,9 @@ def api_url(host: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether this host name or numeric address never leaves the machine."""
-    try:
+    with suppress(ValueError):
         return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+    return host.lower() == "localhost"
 
 
 def read_file(path: str, *, secret: bool = False, owned: bool = False) -> bytes:
@@ -535,8 +521,7 @@ def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
         fields.append(to_crlf(match[1].rstrip(b"\r")))
         end = match.end()
     blank = re.compile(BLANK_LINE).match(entity, end)
-    start = blank.end() if blank else end
-    return fields, CRLF if blank else b"", entity[start:]
+    return fields, CRLF if blank else b"", entity[blank.end() if blank else end :]
 
 
 def to_crlf(data: bytes) -> bytes:
@@ -625,8 +610,7 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
     The standard library's two parsers lose or invent recipients in lists that are slightly wrong, each Python
     version in its own way, and do not tell; this one takes every address or raises Error.
     """
-    found = []
-    end, text = 0, without_comments(value)
+    found, end, text = list[str](), 0, without_comments(value)
     while end < len(text):
         mailbox = re.compile(MAILBOX).match(text, end)
         if not mailbox or (mailbox[2] == ":" and "@" in re.sub(QUOTED, "", mailbox[1])):
@@ -676,7 +660,6 @@ def wire_address(address: str) -> str:
     """
     if address.isascii():
         return address
-
     local, at, domain = address.rpartition("@")
     labels = unicodedata.normalize("NFC", domain.lower()).split(".")
     encoded = (label if label.isascii() else "xn--" + label.encode("punycode").decode() for label in labels)
@@ -703,31 +686,25 @@ PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
 ENCODED_WORD = rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?="
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?([^?\r\n]*[\x80-\xff][^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
+FOLDABLE = rb"(?=.{%d})(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
 CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
 
 
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
     """The fields that stay outside, in order and fit for transport, with those that every message must have."""
     now = b"Date: " + formatdate(localtime=True).encode()
-    rewritten = options.sign or options.encrypt
+    rewritten, renewed = options.sign or options.encrypt, "date" if options.date_now else ""
     dropped = DROPPED_FIELDS | ({"dkim-signature"} if rewritten else set())  # it signs the body as it was
-    outer: list[bytes] = []
-    present = set()
+    outer, present = list[bytes](), set[str]()
     for field in fields:
         name = field_name(field)
         if name in dropped or (rewritten and name.startswith("content-")):
             continue
-        if name in present and (name == "mime-version" or (name == "date" and options.date_now)):
-            continue
+        if name not in present or name not in ("mime-version", renewed):
+            outer.append(now if name == renewed else fit_field(field))
         present.add(name)
-        outer.append(now if name == "date" and options.date_now else fit_field(field))
-    if "date" not in present:
-        outer.append(now)
-    if "message-id" not in present:
-        outer.append(b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode())
-    if "mime-version" not in present:
-        outer.append(b"MIME-Version: 1.0")
-    return outer
+    identifier = b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode()
+    return outer + [field for field in (now, identifier, b"MIME-Version: 1.0") if field_name(field) not in present]
 
 
 def fit_field(field: bytes) -> bytes:
@@ -738,14 +715,13 @@ def fit_field(field: bytes) -> bytes:
         if name in ("content-type", "content-disposition"):
             value = re.sub(PARAMETER, encode_parameter, value)
         field = head + colon + encode_words(value, ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED)
-    return CRLF.join(fold(line) for line in field.split(CRLF))
+    return fold(field) if len(field) > LONGEST_LINE else field
 
 
-def fold(line: bytes) -> bytes:
-    """Fold a line of more than 998 bytes before the white space in it (RFC 5322 section 2.2.3)."""
-    if len(line) <= LONGEST_LINE:
-        return line
-    return re.sub(rb"(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE - 1), rb"\1\r\n", line)
+def fold(field: bytes) -> bytes:
+    """Fold the lines of more than 998 bytes in a field before the white space in them (RFC 5322 section 2.2.3)."""
+    lines = field.split(CRLF)
+    return CRLF.join(re.sub(FOLDABLE, rb"\1\r\n", line) if len(line) > LONGEST_LINE else line for line in lines)
 
 
 def encode_words(value: bytes, token: bytes) -> bytes:
@@ -786,10 +762,8 @@ def encoded_words(text: str) -> bytes:
 def mend_encoded_word(match: re.Match[bytes]) -> bytes:
     """Encode the raw text in an encoded word, in the character set that the word names."""
     charset, encoding, text = match.groups()
-    try:
+    with suppress(LookupError, ValueError):  # in a character set that Python or the text does not know the bytes stay
         text = text.decode().encode(charset.decode("ascii"))
-    except (LookupError, ValueError):
-        pass  # a character set that Python or the text does not know: the bytes stay
     if encoding in b"Bb":
         text = re.sub(rb"[^A-Za-z0-9+/=]", b"", text)
     else:
@@ -873,15 +847,13 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     encoding = transfer_encoding(fields)
     inner = "message/rfc822" if kind == "multipart/digest" else "text/plain"  # RFC 2046 section 5.1.5
     fit_inner = partial(fit_entity, clear=clear, default=inner, depth=depth + 1)
-    parts = fit_parts(body, boundary, fit_inner, clear=clear) if boundary and kind.startswith("multipart/") else None
-    if parts is not None:
+    if boundary and kind.startswith("multipart/") and (parts := fit_parts(body, boundary, fit_inner, clear=clear)):
         body = parts
     elif kind in ("message/rfc822", "message/global") and encoding not in ("base64", "quoted-printable"):
         body = fit_inner(body)
     else:
         encoding, body = fit_leaf(body, kind, encoding, clear=clear)
-    if encoding in ("8bit", "binary"):  # Postfix re-encodes a part called so, even if it is ASCII
-        encoding = "7bit"
+    encoding = "7bit" if encoding in ("8bit", "binary") else encoding  # Postfix re-encodes a part called so, even ASCII
     header = b"".join(fit_field(field) + CRLF for field in with_transfer_encoding(fields, encoding))
     if clear:
         header = re.sub(rb"[ \t\r\n]+(?=\r\n)", b"", header)
@@ -907,10 +879,9 @@ def content_type(fields: Iterable[bytes], default: str = "text/plain") -> Messag
 def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
     """Type and boundary as the standard library reads them."""
     entity = content_type(fields, default)
-    try:
+    with suppress(ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form may be nonsense
         return entity.get_content_type(), entity.get_boundary()
-    except (ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form that is nonsense
-        return entity.get_content_type(), None
+    return entity.get_content_type(), None
 
 
 def transfer_encoding(fields: Iterable[bytes]) -> str:
@@ -933,8 +904,7 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
     An unfit preamble or epilogue, which no reader shows, is left out; so are blanks after a boundary.
     """
     delimiter = rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode())
-    pieces: list[bytes] = []
-    end, inside = 0, False
+    pieces, end, inside = list[bytes](), 0, False
     for match in re.finditer(delimiter, body):
         pieces += [fit_piece(body[end : match.start()], inside, fit_part, clear=clear), to_crlf(match[0]).rstrip()]
         end, inside = match.end(), not match[1]
@@ -982,10 +952,8 @@ def quoted_printable(data: bytes) -> bytes:
     """RFC 2045 section 6.7, for text with line ends of CRLF; keeps "From " off the start of every line."""
     unsafe = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
     escaped = re.sub(unsafe, lambda match: b"=%02X" % ord(match[0]), data)
-    return CRLF.join(
-        line if len(line) <= 76 else re.sub(rb"(?=.{77})(.{1,75}(?<!=)(?<!=[0-9A-F]))", rb"\1=\r\n", line)
-        for line in escaped.split(CRLF)
-    )
+    long = rb"(?=.{77})(.{1,75}(?<!=)(?<!=[0-9A-F]))"
+    return CRLF.join(re.sub(long, rb"\1=\r\n", line) if len(line) > 76 else line for line in escaped.split(CRLF))
 
 
 def base64_lines(data: bytes, before: bytes = b"") -> bytes:
@@ -1031,9 +999,8 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
     if hide:
         inner += [b"HP-Outer: " + tidy(field) for field in outer if field_name(field) != "mime-version"]
-    inner = [CRLF.join(map(fold, field.split(CRLF))) for field in inner]
     fields = with_parameter(fields, b"hp", b"cipher" if hide else b"clear")
-    return b"".join(field + CRLF for field in inner + fields) + CRLF + body, outer
+    return b"".join(field + CRLF for field in [*map(fold, inner), *fields]) + CRLF + body, outer
 
 
 def tidy(field: bytes) -> bytes:
@@ -1044,10 +1011,8 @@ def tidy(field: bytes) -> bytes:
 
 def readable(value: str) -> str:
     """A field's value in one line, encoded words (RFC 2047) decoded as far as they can be."""
-    try:
+    with suppress(HeaderParseError, LookupError, ValueError):  # shown as it came
         value = str(make_header(decode_header(value)))
-    except (HeaderParseError, LookupError, ValueError):
-        pass  # shown as it came
     return " ".join(value.split())
 
 
@@ -1103,21 +1068,18 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
         return fields, body
     if not field_texts(fields, "content-type"):
         fields = [b"Content-Type: text/plain", *fields]
-    tags = [tag for tag in re.finditer(COMMENT_OR_BODY, text) if not tag[0].startswith("<!--")] if html else []
-    place = tags[0].end() if tags else 0
-    shown = (
-        f'<div class="header-protection-legacy-display"><pre>{escape(line).replace("&#x27;", "&apos;")}</pre></div>'
-        if html
-        else f"{line}\r\n"
-    )
-    text = f"{text[:place]}{shown}\r\n{text[place:]}"
-    content = text.encode(errors="replace")
-    fields = with_parameter(fields, b"charset", b"utf-8")
-    if encoding == "base64" or b"\0" in content:
-        encoding, body = "base64", base64_lines(content)
+    place, shown = 0, f"{line}\r\n\r\n"
+    if html:
+        place = next((tag.end() for tag in re.finditer(COMMENT_OR_BODY, text) if tag[0][1] != "!"), 0)
+        line = escape(line).replace("&#x27;", "&apos;")
+        shown = f'<div class="header-protection-legacy-display"><pre>{line}</pre></div>\r\n'
+    content = f"{text[:place]}{shown}{text[place:]}".encode(errors="replace")
+    if encoding == "base64":
+        body = base64_lines(content)
     else:
         encoding, body = fit_leaf(content, "text/plain", "7bit", clear=True)
-    return with_parameter(with_transfer_encoding(fields, encoding), b"hp-legacy-display", b"1"), body
+    fields = with_transfer_encoding(with_parameter(fields, b"charset", b"utf-8"), encoding)
+    return with_parameter(fields, b"hp-legacy-display", b"1"), body
 
 
 # -------------------------------------------------------------------------------------------------------- keys
@@ -1131,15 +1093,13 @@ class Keyring:
         self.folder, self.password, self.skipped = options.keys, settings.key_password, options.skip_checks
         self.roots = read_keys(settings.ca_file)[1] if settings.ca_file else []
         self.now = datetime.now(timezone.utc)
-        self.signers: dict[str, Signer] = {}
-        self.certificates: dict[str, x509.Certificate] = {}
+        self.signers, self.certificates = dict[str, Signer](), dict[str, x509.Certificate]()
         self.remarks: list[str] = []  # to warn of
 
     def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, x509.Certificate]]:
         """The signer, where one is named, and everybody's certificate. Raises one Error that names all at fault."""
         problems = []
-        wanted: list[tuple[dict[str, Any], Callable[[str], object], str]]
-        wanted = [(self.signers, self.load_signer, signer)] if signer else []
+        wanted: list[tuple[Any, Any, str]] = [(self.signers, self.load_signer, signer)] if signer else []
         wanted += [(self.certificates, self.load_recipient, address) for address in recipients]
         for loaded, load, address in wanted:
             try:
@@ -1181,38 +1141,32 @@ class Keyring:
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 
-    def choose(
-        self, own: Sequence[x509.Certificate], chain: Sequence[x509.Certificate], address: str, path: str, purpose: str
-    ) -> x509.Certificate:
+    def choose(self, own: Certificates, chain: Certificates, address: str, path: str, purpose: str) -> x509.Certificate:
         """Of the certificates of an address the usable one that began last. Raises Error, which tells each one's fault.
 
         Warns of the faults in skipped checks, and of what needs care soon.
         """
-        judged = [(list(self.faults(each, chain, address, purpose)), each) for each in own]
+        where, judged = f"{address}: {path}", [(list(self.faults(each, chain, address, purpose)), each) for each in own]
         usable = [(faults, each) for faults, each in judged if all(fault[0] in self.skipped for fault in faults)]
         if not usable:
             which = " with serial number {:X}" if len(own) > 1 else ""
             reasons = [
-                f"{address}: {path}: this certificate{which.format(each.serial_number)} {what} - {cure}"
+                f"{where}: this certificate{which.format(each.serial_number)} {what} - {cure}"
                 for faults, each in judged
                 for check, what, cure in faults
                 if check not in self.skipped
             ]
-            raise Error(
-                "; ".join(reasons) or f"{address}: {path}: only issuers' certificates are in this file - add its own"
-            )
+            raise Error("; ".join(reasons) or f"{where}: only issuers' certificates are in this file - add its own")
         faults, chosen = max(usable, key=lambda item: (-len(item[0]), item[1].not_valid_before_utc))
         remarks = [what for _, what, _ in faults]
         if not email_addresses(chosen):
             remarks.append("names no address: only its file's name says whose it is")
         if 0 <= (chosen.not_valid_after_utc - self.now).days < 30:
             remarks.append(f"ends on {chosen.not_valid_after_utc:%Y-%m-%d}")
-        self.remarks += [f"{address}: {path}: this certificate {remark}" for remark in remarks]
+        self.remarks += [f"{where}: this certificate {remark}" for remark in remarks]
         return chosen
 
-    def faults(
-        self, certificate: x509.Certificate, chain: Sequence[x509.Certificate], address: str, purpose: str
-    ) -> Iterator[tuple[str, str, str]]:
+    def faults(self, certificate: x509.Certificate, chain: Certificates, address: str, purpose: str) -> Iterator[Fault]:
         """Each check that a certificate fails, what is wrong, and the cure (RFC 8550 sections 3 and 4.4)."""
         begin, end, key = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.public_key()
         if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
@@ -1225,9 +1179,8 @@ class Keyring:
         if named and same_address(address) not in map(same_address, named):
             yield "address", f"belongs to {', '.join(named)}", f"get the one for {address}"
         usage, extended = extension(certificate, x509.KeyUsage), extension(certificate, x509.ExtendedKeyUsage)
-        bits: tuple[str, ...] = ("digital_signature", "content_commitment")
-        if purpose != "signatures":
-            bits = ("key_encipherment" if is_rsa(certificate) else "key_agreement",)
+        sealing = "key_encipherment" if is_rsa(certificate) else "key_agreement"
+        bits = ("digital_signature", "content_commitment") if purpose == "signatures" else (sealing,)
         if usage and not any(getattr(usage, bit) for bit in bits):
             yield "usage", f"is not for {purpose} (its key usage)", "get one for S/MIME"
         if extended and not serves_mail(extended):
@@ -1243,17 +1196,13 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
     """The path of an address's key file: spelt as the address is, else in lower case. Raises Error."""
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
-    for name in (address, address.lower()):
-        for suffix in suffixes:
-            path = os.path.join(folder, name + suffix)
-            if os.path.exists(path):
-                return path
-    raise Error(f"{os.path.join(folder, address + suffixes[0])} not found", f"{cure}; --keys names the folder")
+    paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
+    for path in filter(os.path.exists, paths):
+        return path
+    raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
 
 
-def read_keys(
-    path: str, password: str = "", *, private: bool = False
-) -> tuple[PrivateKey | None, list[x509.Certificate]]:
+def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[PrivateKey | None, Certificates]:
     """The private key in a file, where one that can sign is looked for, and its certificates, each once.
 
     Reads PKCS #12, PEM with whatever text around it, and a certificate in DER. Raises Error, which tells nothing of
@@ -1263,7 +1212,7 @@ def read_keys(
     data = read_file(path, secret=private)
     locked = bag or b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
     key: object = None
-    certificates: list[x509.Certificate] = []
+    certificates: Certificates = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
@@ -1289,7 +1238,7 @@ def read_keys(
     return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
 
 
-def load_bag(data: bytes, password: str) -> tuple[object, list[x509.Certificate]]:
+def load_bag(data: bytes, password: str) -> tuple[object, Certificates]:
     """Key and certificates of PKCS #12; without a passphrase too, where another file needs it. Raises ValueError."""
     from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 
@@ -1302,24 +1251,19 @@ def load_bag(data: bytes, password: str) -> tuple[object, list[x509.Certificate]
 
 def raw_fields(certificate: x509.Certificate) -> list[bytes]:
     """Serial number, algorithm, issuer, validity, subject and so on, in the bytes that it has, however odd they are."""
-    return [each for each in children(certificate.tbs_certificate_bytes) if each[0] != 0xA0]  # the version
+    der, found = certificate.tbs_certificate_bytes, list[bytes]()
+    start = content_start(der)
+    while start < len(der):
+        content = content_start(der, start)
+        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
+        found += [der[start:end]] if der[start] != 0xA0 else []  # the version
+        start = end
+    return found
 
 
 def content_start(der: bytes, start: int = 0) -> int:
     """Where the content of the element that begins here begins, behind its tag and length (X.690 section 8.1.3)."""
     return start + 2 + max(0, der[start + 1] - 0x80)
-
-
-def children(der: bytes) -> list[bytes]:
-    """The elements that this element holds, each with its tag and length."""
-    found: list[bytes] = []
-    start = end = content_start(der)
-    while end < len(der):
-        content = content_start(der, start)
-        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
-        found.append(der[start:end])
-        start = end
-    return found
 
 
 def extension(certificate: x509.Certificate, kind: type[Extension]) -> Extension | None:
@@ -1331,8 +1275,7 @@ def is_rsa(certificate: x509.Certificate) -> bool:
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
-    constraints = extension(certificate, x509.BasicConstraints)
-    return bool(constraints and constraints.ca)
+    return bool(getattr(extension(certificate, x509.BasicConstraints), "ca", False))
 
 
 def serves_mail(usage: Iterable[object]) -> bool:
@@ -1357,9 +1300,7 @@ def same_address(address: str) -> str:
     return wire_address(address).encode().lower().decode()  # in ASCII alone
 
 
-def chain_fault(
-    certificate: x509.Certificate, chain: Sequence[x509.Certificate], roots: list[x509.Certificate], moment: datetime
-) -> str:
+def chain_fault(certificate: x509.Certificate, chain: Certificates, roots: Certificates, moment: datetime) -> str:
     """Why no chain leads from a certificate to a root at this moment (RFC 5280 section 6); empty where one does."""
     from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
@@ -1372,7 +1313,7 @@ def chain_fault(
         issuer = issuer.may_be_present(kind, Criticality.AGNOSTIC, check)
     builder = PolicyBuilder().store(Store(roots)).time(moment).extension_policies(ca_policy=issuer, ee_policy=leaf)
     try:
-        path = builder.build_client_verifier().verify(certificate, list(chain)).chain
+        path = builder.build_client_verifier().verify(certificate, chain).chain
     except VerificationError as error:
         return str(error)
     names = extension(certificate, x509.SubjectAlternativeName)
@@ -1391,36 +1332,28 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
     """
     pss = pss and isinstance(signer.key, rsa.RSAPrivateKey)
     scheme = padding.PSS(padding.MGF1(SHA256()), padding.PSS.DIGEST_LENGTH) if pss else None
-    builder = PKCS7SignatureBuilder().set_data(entity)
+    builder = pkcs7.PKCS7SignatureBuilder().set_data(entity)
     builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=scheme)
     for certificate in signer.chain:  # last, for the calls before it drop what was added
         builder = builder.add_certificate(certificate)
-    detached = [] if opaque else [PKCS7Options.DetachedSignature]
+    detached = [] if opaque else [pkcs7.PKCS7Options.DetachedSignature]
     try:
-        signature = builder.sign(Encoding.DER, [PKCS7Options.Binary, *detached])
+        signature = builder.sign(Encoding.DER, [pkcs7.PKCS7Options.Binary, *detached])
     except ValueError:
         raise Error("the signer's key is too small to sign so", "use one of 2048 bits or more") from None
     if opaque:
-        return cms_entity("signed-data", signature)
+        return cms_entity("mime; smime-type=signed-data", signature)
     while (boundary := b"----=_" + os.urandom(16).hex().encode()) in entity:
         pass
-    parts = (
-        b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n'
-        b'\tmicalg=sha-256; boundary="%b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n'
-        % (boundary, boundary),
-        entity,
-        b"\r\n--%b\r\nContent-Type: application/pkcs7-signature; name=smime.p7s\r\n"
-        b"Content-Transfer-Encoding: base64\r\n"
-        b"Content-Disposition: attachment; filename=smime.p7s\r\n\r\n" % boundary,
-        base64_lines(signature),
-        b"\r\n--%b--\r\n" % boundary,
+    header = (
+        b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n\tmicalg=sha-256; boundary="%b"'
     )
-    return b"".join(parts)
+    start = (header + b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n") % (boundary, boundary)
+    sealed = cms_entity("signature", signature, b"\r\n--%b\r\n" % boundary, name="smime.p7s")
+    return b"".join((start, entity, sealed, b"\r\n--%b--\r\n" % boundary))
 
 
-def encrypt(
-    entity: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool, before: bytes = b""
-) -> bytes:
+def encrypt(entity: bytes, certificates: Certificates, *, gcm: bool, oaep: bool, before: bytes = b"") -> bytes:
     """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error.
 
     `before` is the header that comes before it, here to spare a copy.
@@ -1428,30 +1361,28 @@ def encrypt(
     recipients = list(dict.fromkeys(certificates))
     try:
         if gcm or oaep or not all(map(is_rsa, recipients)):
-            kind = "authEnveloped-data" if gcm else "enveloped-data"
+            kind = f"mime; smime-type={'authEnveloped' if gcm else 'enveloped'}-data"
             return cms_entity(kind, envelope(entity, recipients, gcm=gcm, oaep=oaep), before)
-        builder = PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
+        builder = pkcs7.PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
         for certificate in recipients:
             builder = builder.add_recipient(certificate)
-        return cms_entity("enveloped-data", builder.encrypt(Encoding.DER, [PKCS7Options.Binary]), before)
+        der = builder.encrypt(Encoding.DER, [pkcs7.PKCS7Options.Binary])
+        return cms_entity("mime; smime-type=enveloped-data", der, before)
     except ValueError:
         raise Error("a recipient's certificate holds a key that cannot encrypt", "ask for a new one") from None
 
 
-def cms_entity(kind: str, der: bytes, before: bytes = b"") -> bytes:
+def cms_entity(kind: str, der: bytes, before: bytes = b"", *, name: str = "smime.p7m") -> bytes:
     """A CMS object as a MIME entity (RFC 8551 section 3.2)."""
-    header = (
-        f"Content-Type: application/pkcs7-mime; smime-type={kind};\r\n\tname=smime.p7m\r\n"
-        "Content-Transfer-Encoding: base64\r\n"
-        "Content-Disposition: attachment; filename=smime.p7m\r\n\r\n"
-    )
+    header = f"Content-Type: application/pkcs7-{kind};\r\n\tname={name}\r\nContent-Transfer-Encoding: base64\r\n"
+    header += f"Content-Disposition: attachment; filename={name}\r\n\r\n"
     return base64_lines(der, before + header.encode())
 
 
 # ------------------------------------------------------------- CMS in DER, where the PKCS7 builders cannot make it
 
 
-def envelope(content: bytes, certificates: Iterable[x509.Certificate], *, gcm: bool, oaep: bool) -> bytes:
+def envelope(content: bytes, certificates: Certificates, *, gcm: bool, oaep: bool) -> bytes:
     """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -1528,11 +1459,10 @@ def integer(value: int) -> bytes:
 def oid(dotted: str) -> bytes:
     """An object identifier (X.690 section 8.19)."""
     first, second, *rest = map(int, dotted.split("."))
-    encoded = b""
+    encoded: list[int] = []
     for arc in (40 * first + second, *rest):
-        septets = [arc >> shift & 0x7F | 0x80 for shift in range(28, 0, -7) if arc >> shift] + [arc & 0x7F]
-        encoded += bytes(septets)
-    return element(0x06, encoded)
+        encoded += [arc >> shift & 0x7F | 0x80 for shift in range(28, 0, -7) if arc >> shift] + [arc & 0x7F]
+    return element(0x06, bytes(encoded))
 
 
 # -------------------------------------------------------------------------------------------------- transports
@@ -1590,7 +1520,7 @@ class Smtp:
             message = untracked(message)
         self.opened += self.open()
         spelt = {wire_address(recipient): recipient for recipient in envelope.recipients}
-        waiting, accepted, refused = list(spelt), list[str](), dict[str, tuple[int, bytes]]()
+        waiting, accepted, refused = list(spelt), list[str](), Answers()
         told, temporary, lost = "", True, False
         while waiting:
             try:
@@ -1610,7 +1540,7 @@ class Smtp:
         reasons |= {spelt[address]: told for address in waiting}
         return Receipt(tuple(accepted), reasons, lines, temporary, lost)
 
-    def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> dict[str, tuple[int, bytes]]:
+    def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> Answers:
         """Who was refused in one transaction. Raises Error.
 
         It begins anew over a new connection where the server closed the old one before the message was handed over.
@@ -1622,7 +1552,7 @@ class Smtp:
             try:
                 options = self.mail_options(message, [sender, *recipients])
                 with smtp_errors(self.settings, self.session):
-                    answers: dict[str, tuple[int, bytes]] = self.session.transact(sender, recipients, message, options)
+                    answers: Answers = self.session.transact(sender, recipients, message, options)
                     return answers
             except Lost as error:
                 self.close()
@@ -1730,9 +1660,7 @@ def session_class() -> type[Any]:
             self.handed_over = code == 354
             return code, text
 
-        def transact(
-            self, sender: str, recipients: Sequence[str], message: bytes, options: str
-        ) -> dict[str, tuple[int, bytes]]:
+        def transact(self, sender: str, recipients: Sequence[str], message: bytes, options: str) -> Answers:
             """Who was refused of the recipients of a message; raises as smtplib's sendmail does."""
             commands = [f"MAIL FROM:<{sender}>{options}", *(f"RCPT TO:<{each}>" for each in recipients), "DATA"]
             replies = self.converse(commands)
@@ -1841,12 +1769,8 @@ class Api:
         self.handler = kept_connection()
         in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
         self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
-        for handler in (
-            request.ProxyHandler({} if in_the_clear else None),
-            self.handler,
-            request.HTTPErrorProcessor(),
-            request.HTTPDefaultErrorHandler(),
-        ):
+        proxies = request.ProxyHandler({} if in_the_clear else None)
+        for handler in (proxies, self.handler, request.HTTPErrorProcessor(), request.HTTPDefaultErrorHandler()):
             self.opener.add_handler(handler)
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
@@ -1973,9 +1897,8 @@ def kept_connection() -> Any:
 
         def connect(self, host: str, *, kind: type[client.HTTPConnection], timeout: float) -> Any:
             idle = self.connection and self.connection.kept
-            self.reused = (
-                bool(idle) and not select([idle], [], [], 0)[0] and monotonic() < self.opened + CONNECTION_LIFE
-            )
+            young = monotonic() < self.opened + CONNECTION_LIFE
+            self.reused = bool(idle) and young and not select([idle], [], [], 0)[0]
             if not self.reused:
                 tls = {"context": ssl.create_default_context()} if kind is client.HTTPSConnection else {}
                 self.connection = kept(kind)(host, timeout=timeout, blocksize=PIECE, **tls)
@@ -2171,8 +2094,7 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
         else:
             content = head + entity
         copies.append((content if options.sends or line_end == CRLF else content.replace(CRLF, line_end), copy))
-    identifier = field_texts(header, "message-id")[0]
-    return Prepared(copies, envelope.sender, identifier, people)
+    return Prepared(copies, envelope.sender, field_texts(header, "message-id")[0], people)
 
 
 def refuse_stray_recipients(body: bytes) -> None:
@@ -2553,11 +2475,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return error.exit_code
     except ImportError as error:
-        complain(f"{PROGRAM}: the package {error.name} is missing or too old - pip install -r requirements.txt")
+        complain(MISSING.format(error.name))
         return EXIT_FAILED
     except KeyboardInterrupt:
-        unclear = "; a message under way may have been sent" if options.sends else ""
-        complain(f"{PROGRAM}: interrupted{unclear}")
+        complain(f"{PROGRAM}: interrupted{'; a message under way may have been sent' if options.sends else ''}")
         return EXIT_TEMPORARY
 
 
