@@ -1856,10 +1856,10 @@ class Api:
         told = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
         where = f"{self.settings.api_host}: HTTP status {status}: {told}"
         if status in (200, 504):
-            where += "; the message may have been sent"
+            raise TemporaryError(f"{where}; the message may have been sent", "look before sending it again")
         if status in (420, 429) or status >= 500:
             raise TemporaryError(where, "try again later")
-        cure = "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (200, 401, 403, 404) else ""
+        cure = "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (401, 403, 404) else ""
         raise (Barred if status in (401, 403) else Error)(where, cure)
 
     def close(self) -> None:

@@ -322,7 +322,7 @@ def test_no_recipient_accepted_is_a_failure(
     assert (b"1902, Message told, Description told" in done.stderr) == bool(errors)
 
 
-@pytest.mark.parametrize(("status", "codes"), [(200, {1, 75}), (400, {1}), (503, {75})], ids=["200", "400", "503"])
+@pytest.mark.parametrize(("status", "code"), [(200, 75), (400, 1), (503, 75)], ids=["200", "400", "503"])
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
@@ -342,11 +342,11 @@ def test_no_recipient_accepted_is_a_failure(
     ids=["html", "list", "null", "strings", "members", "brackets", "nested", "empty", "bytes", "cut", "chunk", "huge"],
 )
 def test_an_unreadable_reply_is_a_clear_error(
-    body: object, headers: dict[str, str], status: int, codes: set[int], send: Send, api: StandIn
+    body: object, headers: dict[str, str], status: int, code: int, send: Send, api: StandIn
 ) -> None:
     api.answers = [reply(status, body, **headers)]
     done = send()
-    assert done.returncode in codes
+    assert done.returncode == code
     assert re.fullmatch(rb"sparkpostSMIME\.py: %b: [^\n]{10,300}\n" % api.url.encode(), done.stderr)
     assert str(status).encode() in done.stderr.replace(api.url.encode(), b"")
     assert (SENT in done.stderr) == (status == 200)
