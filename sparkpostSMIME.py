@@ -703,8 +703,9 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         if name not in present or name not in ("mime-version", renewed):
             outer.append(now if name == renewed else fit_field(field))
         present.add(name)
-    identifier = b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode()
-    return outer + [field for field in (now, identifier, b"MIME-Version: 1.0") if field_name(field) not in present]
+    if "message-id" not in present:
+        outer.append(b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode())
+    return outer + [field for field in (now, b"MIME-Version: 1.0") if field_name(field) not in present]
 
 
 def fit_field(field: bytes) -> bytes:
