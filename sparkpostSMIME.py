@@ -139,7 +139,7 @@ PROGRAM = "sparkpostSMIME.py"
 VERSION = "1.0.0"
 EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY = 0, 1, 75  # 75 is EX_TEMPFAIL: a mail server's pipe tries again later
 TIMEOUT = 60  # seconds, for each step of a dialogue on the network
-FINAL_TIMEOUT = 600  # for the answer to a whole message, RFC 5321 section 4.5.3.2.6: who gives up sends it twice
+FINAL_TIMEOUT = 600  # seconds, for the answer to a whole message (RFC 5321 section 4.5.3.2.6), lest it be sent twice
 LONGEST_LINE = 998  # bytes before CRLF, RFC 5322 section 2.1.1
 LARGEST_CONTENT = 20_000_000  # bytes, that the API takes
 MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
@@ -1493,6 +1493,8 @@ class Smtp:
         self.session: Any = None
         self.used = self.attempts = 0  # transactions, over this connection and over all
         self.opened: list[str] = []  # what to report of new connections
+        if settings.smtp_ca_file:
+            tls_context(settings.smtp_ca_file)  # Error, before there is a connection
 
     def open(self) -> list[str]:
         """Connect where need be, and log in where there is a password. Returns what to report of it. Raises Error."""
@@ -1659,7 +1661,7 @@ def session_class() -> type[Any]:
             code, text = super().getreply()
             if code == -1 and self.handed_over:
                 raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
-            self.handed_over = code == 354
+            self.handed_over = False
             return code, text
 
         def transact(self, sender: str, recipients: Sequence[str], message: bytes, options: str) -> Answers:
@@ -1679,10 +1681,13 @@ def session_class() -> type[Any]:
             else:
                 if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
                     message = message.replace(b"\n.", b"\n..")
+                if message.startswith(b"."):
+                    message = b"." + message
                 end = b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"
                 for start in range(0, len(message), PIECE):
                     piece = message[start : start + PIECE]
-                    self.send(piece if start + PIECE < len(message) else piece + end)
+                    self.handed_over = start + PIECE >= len(message)
+                    self.send(piece + end if self.handed_over else piece)
                 sock: Any = self.sock
                 sock.settimeout(FINAL_TIMEOUT)
                 answer, begun = self.getreply(), False
@@ -1744,7 +1749,8 @@ def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
             codes = [error.smtp_code]
         else:
             lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
-            raise (gone if lost and isinstance(error, OSError) else Error)(reason, cure) from None
+            kind = Error if session else Barred
+            raise (gone if lost and isinstance(error, OSError) else kind)(reason, cure) from None
         temporary = all(400 <= code < 500 for code in codes)
         kind = (TemporaryError if temporary else Error) if session else (Unreachable if temporary else Barred)
         raise (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="") from None
@@ -1799,7 +1805,7 @@ class Api:
         return self.read_reply(*self.post(json.dumps(transmission).encode()), envelope.recipients)
 
     def post(self, body: bytes) -> tuple[int, bytes]:
-        """Status and reply of the API, empty where it was cut short. Raises Error."""
+        """Status and reply of the API, which is empty where it broke off. Raises Error."""
         from http.client import HTTPException, InvalidURL
         from io import BytesIO
         from urllib.error import HTTPError, URLError
@@ -1816,11 +1822,13 @@ class Api:
         except URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
-                raise Error(reason, "name the CA that issued it in SSL_CERT_FILE") from None
+                raise Barred(reason, "name the CA that issued it in SSL_CERT_FILE") from None
             if self.handler.reused:  # closed before all of the request was there
                 return self.post(body)
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
-            raise Unreachable(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
+            cut = isinstance(error.reason, BrokenPipeError | ConnectionResetError)  # within the request
+            kind = Closed if cut else Unreachable
+            raise kind(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
         except (InvalidURL, ValueError):
             raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
         except (HTTPException, OSError) as error:
@@ -1990,10 +1998,10 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
     os.close(folder)
 
 
-def identity(file: str | int) -> list[int]:
-    """What tells this file from another that comes to have its name; nothing where there is none."""
+def identity(file: str | int, *, follow: bool = True) -> list[int]:
+    """What tells this file, or symbolic link, from another that comes to have its name; nothing where there is none."""
     with suppress(FileNotFoundError):
-        status = os.stat(file)
+        status = os.stat(file, follow_symlinks=follow)
         return [status.st_ino, status.st_mtime_ns]
     return []
 
@@ -2005,6 +2013,7 @@ def move_to(sent: str, path: str, which: list[int]) -> None:
     """
     from fcntl import LOCK_EX, flock
 
+    entry = identity(path, follow=False)
     if identity(path) != which:
         return
     stem, suffix = os.path.splitext(os.path.basename(path))
@@ -2015,7 +2024,7 @@ def move_to(sent: str, path: str, which: list[int]) -> None:
             flock(folder, LOCK_EX)  # lest two messages of one name find it free
         target = next(target for name in names if not os.path.lexists(target := os.path.join(sent, name)))
         os.rename(path, target)
-        if identity(target) != which:  # it came after the look above
+        if identity(target, follow=False) != entry:  # it came after the look above
             os.rename(target, path)
     finally:
         os.close(folder)
@@ -2042,10 +2051,11 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
     """Try whether messages can be moved to this folder. Raises Error."""
     for folder in {os.path.dirname(path) or "." for path in files}:
         probe = os.path.join(folder, f".{PROGRAM}.{os.urandom(8).hex()}")
-        cure = "both must exist on one file system, and you must be allowed to write in both"
+        cure = "both must exist on one file system, and you must be allowed to read and write in both"
         with system_errors(f"{folder}: messages cannot be moved to {sent}", cure):
             if os.path.samefile(folder, sent):
                 raise Error(f"{sent}: the messages are in this very folder", "name another one with --sent")
+            os.close(os.open(sent, os.O_RDONLY))
             os.close(os.open(probe, os.O_CREAT, 0o600))
             try:
                 os.rename(probe, os.path.join(sent, os.path.basename(probe)))
@@ -2192,7 +2202,7 @@ class Worker:
         return outcome._replace(remarks=remarks)
 
     def deliver(self, path: str, which: list[int]) -> Outcome:
-        """Deliver the copies of a message; one failure keeps no other back. Raises Error while nothing left.
+        """Deliver the copies of a message; one failure keeps no other back. Raises Error before anything was sent.
 
         In an outbox, keep who has it, or move it once everybody has.
         """
@@ -2344,7 +2354,7 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int,
 
 
 def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: Iterable[Any]) -> None:
-    """Work on the files whose numbers are read until none is left, or whoever reports of them is gone."""
+    """Work on the files whose numbers are read until none is left, all is hopeless, or nobody is there to report."""
     for other in others:
         other.close()
     for signal_number in (SIGINT, SIGTERM):
@@ -2364,10 +2374,12 @@ def run(options: Options, settings: Settings) -> int:
     if options.sent:
         check_sent(options.sent, files)
     worker, report = Worker(options, settings), Report(options.report) if options.report else None
-    many, signals = len(files) != 1 or bool(options.sent), 0
+    many, signals, process = len(files) != 1 or bool(options.sent), 0, os.getpid()
 
     def halt(*_: object) -> None:
         nonlocal signals
+        if os.getpid() != process:  # a worker, which is about to ignore them
+            return
         signals += 1
         if signals == (2 if many else 1):  # no later one disturbs the end that this begins
             raise KeyboardInterrupt
@@ -2440,7 +2452,7 @@ class Report:
 
 
 def say(*lines: str, descriptor: int = 1, end: str = "\n") -> None:
-    """Write lines to standard output at once, whatever characters they hold; that nobody reads them is no failure."""
+    """Write lines to standard output or error, whatever characters they hold; that nobody reads them is no failure."""
     shown = [
         line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
         for line in lines
@@ -2453,6 +2465,7 @@ def write_all(descriptor: int, data: bytes) -> None:
     """Write without a buffer, for that would be flushed once more after a signal. Raises OSError."""
     rest = memoryview(data)
     while rest:  # a full disk may take a part
+        select([], [descriptor], [])  # lest it be one that does not wait
         rest = rest[os.write(descriptor, rest) :]
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import pty
 import re
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -213,6 +215,18 @@ def test_printed_messages_are_whole_whoever_makes_them(jobs: str, run: Run, fold
     alone = [run(file).stdout for file in files]
     together = run(*files, "--jobs", jobs).stdout
     assert sorted(re.split(b"(?m)^(?=From: )", together)[1:]) == alone
+
+
+def test_a_message_is_printed_whole_to_whoever_reads_slowly(folder: Path) -> None:
+    (folder / "m.eml").write_bytes(mail(b"A line of text.\r\n" * 60_000))
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen([sys.executable, SCRIPT, "m.eml"], cwd=folder, stdout=writing, stderr=subprocess.PIPE) as run:
+        os.close(writing)
+        time.sleep(1)
+        with open(reading, "rb") as output:
+            assert output.read().endswith(b"A line of text.\r\n" * 60_000)
+        assert (run.stderr and run.stderr.read(), run.wait()) == (b"", 0)
 
 
 def test_more_jobs_than_the_system_allows_are_refused_before_anything_is_sent(serve: Serve, folder: Path) -> None:
@@ -543,6 +557,19 @@ def test_a_login_that_is_refused_is_tried_for_three_messages_only(
     assert done.stderr.count(b"5.7.8 wrong") == server.heard.count(b"AUTH PLAIN")
 
 
+@pytest.mark.parametrize(("ca_file", "connections"), [("", 3), ("absent.pem", 0)], ids=["no AUTH", "no CA"])
+def test_a_login_that_is_impossible_costs_few_connections(
+    ca_file: str, connections: int, run: Run, serve: Serve, folder: Path
+) -> None:
+    server: Faulty = serve({"connect": lambda _: connected.append(1) or "220 mx.tests.example ESMTP"})
+    connected: list[int] = []
+    letters(folder / "out", 12)
+    variables = dict(SMTP_USER="me", SMTP_PASSWORD=PASSWORD, SMTP_CA_FILE=ca_file)
+    done = run("out", "--send_smtp", **to(server), **variables)
+    assert (done.returncode, len(connected)) == (1, connections)
+    assert len(done.stderr.splitlines()) == (4 if connections else 1)
+
+
 @pytest.mark.parametrize("answer", [Fault.DROP, LastWord(BUSY)], ids=["dropped", "421"])
 def test_messages_that_break_every_connection_do_not_keep_the_others_back(
     answer: str | Fault, run: Run, serve: Serve, folder: Path
@@ -567,6 +594,19 @@ class Slow(Kept):
     def do_POST(self) -> None:
         time.sleep(0.03)
         super().do_POST()
+
+
+class Narrow(Kept):
+    """Refuses what is large before it has read it."""
+
+    def do_POST(self) -> None:
+        if int(self.headers["Content-Length"]) > 1_000_000:
+            self.wfile.write(reply(413, b"", Connection="close"))
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+        else:
+            super().do_POST()
 
 
 class Halting(Kept):
@@ -660,6 +700,17 @@ def test_a_key_that_the_api_refuses_is_tried_for_three_messages_only(send_many: 
     assert b"the rest is not tried" in done.stderr
 
 
+def test_large_messages_that_the_api_breaks_off_do_not_keep_the_others_back(run: Run, folder: Path) -> None:
+    for path in letters(folder / "out", 8)[:4]:
+        path.write_bytes(path.read_bytes() + b"A line of text.\r\n" * 400_000)
+    with StandIn() as api:
+        api.RequestHandlerClass = Narrow
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        done = run("out", "--send_api", **variables)
+    assert [token(request.message) for request in api.requests] == [f"{number:05}" for number in range(5, 9)]
+    assert len(done.stderr.splitlines()) == 4
+
+
 def test_the_rest_of_a_reply_answers_no_other_request(api: StandIn, folder: Path) -> None:
     letters(folder / "out", 3)
     api.RequestHandlerClass = Halting
@@ -667,7 +718,7 @@ def test_the_rest_of_a_reply_answers_no_other_request(api: StandIn, folder: Path
     words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=QUICK), "out", "--send_api"]
     variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=30)
-    assert (done.returncode, len(api.requests), api.connections) == (1, 3, 2)
+    assert (done.returncode, len(api.requests), api.connections) == (75, 3, 2)
     assert done.stderr.count(b"the reply is cut short") == len(done.stderr.splitlines()) == 1
 
 

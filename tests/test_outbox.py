@@ -205,6 +205,18 @@ def test_a_folder_that_cannot_serve_is_told_before_anything_is_sent(
     assert re.fullmatch(rf"sparkpostSMIME\.py: .*{sent}.*\n", done.stderr.decode())
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["leads nowhere", "leads elsewhere"])
+def test_a_symbolic_link_is_sent_once_and_moved(other: bool, run: Run, serve: Serve, out: Path) -> None:
+    server, sent = serve(), out.parent / "sent"
+    (out / "body").write_bytes(mail())
+    (out / "a.eml").symlink_to("body")
+    if other:
+        (sent / "body").write_bytes(b"another file")
+    for _ in range(2):
+        assert run(*SEND, **to(server)).returncode == 0
+    assert (len(server.mails), names(out.iterdir()), (sent / "a.eml").is_symlink()) == (1, ["body"], True)
+
+
 def test_files_of_one_name_do_not_overwrite_each_other(start: Start, serve: Serve, out: Path) -> None:
     server, folders = serve({}, "PIPELINING"), [out / name for name in "abcdefgh"]
     files = sorted(

@@ -81,7 +81,9 @@ def test_line_ends_become_crlf_and_dots_are_stuffed(send: Send, serve: Serve) ->
     server = serve()
     data = mail(b"one\n.two\n.\nthree", **COMPLETE).replace(b"\r\n", b"\n")
     assert send(server, data).code == 0
-    assert server.mails[0].content == mail(b"one\r\n..two\r\n..\r\nthree\r\n", **COMPLETE)
+    assert send(server, b".A: field\r\n" + data).code == 0
+    stuffed = mail(b"one\r\n..two\r\n..\r\nthree\r\n", **COMPLETE)
+    assert [each.content for each in server.mails] == [stuffed, b"..A: field\r\n" + stuffed]
 
 
 def test_envelope_names_everyone_once(send: Send, serve: Serve) -> None:
