@@ -503,7 +503,7 @@ def unsafe(path: str, what: str, cure: str) -> Error:
 
 FIELD = rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)"
 BLANK_LINE = rb"\r?\n"
-QUOTED = r'"(?:[^"\\]|\\.)*"'
+QUOTED = r'(?<!\\)"(?:[^"\\]|\\.)*"'
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
 MAILBOX = rf'(?s)((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)'
@@ -643,7 +643,9 @@ def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
     bracketed = re.fullmatch(BRACKETED, mailbox)
     spaced = (bracketed[1] if bracketed else mailbox).strip()
-    address = re.sub(rf"({QUOTED})|\s*([.@])\s*", lambda match: match[1] or match[2], spaced)  # RFC 5322 section 4.4
+    address = re.sub(
+        rf"({QUOTED})|(?<!\s)\s*([.@])\s*", lambda match: match[1] or match[2], spaced
+    )  # RFC 5322 section 4.4
     if not re.fullmatch(ADDRESS, address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
         raise unreadable(mailbox, name)
     return address
@@ -684,7 +686,7 @@ ADDRESS_LIST = (
 )
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
 ENCODED_WORD = rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?="
-RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?([^?\r\n]*[\x80-\xff][^?\r\n]*)\?="
+RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
 FOLDABLE = rb"(?=.{%d})(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
 CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
@@ -858,7 +860,7 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     encoding = "7bit" if encoding in ("8bit", "binary") else encoding  # Postfix re-encodes a part called so, even ASCII
     header = b"".join(fit_field(field) + CRLF for field in with_transfer_encoding(fields, encoding))
     if clear:
-        header = re.sub(rb"[ \t\r\n]+(?=\r\n)", b"", header)
+        header = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n)", b"", header)
     fit = header + blank + body
     if kind == "multipart/signed" and fit != entity:
         if clear:
@@ -932,7 +934,7 @@ def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str
     if encoding != "binary" or is_text:  # binary data has no line ends to be made CRLF
         body = to_crlf(body)
         if clear and kind in FIELD_TYPES:  # blanks at their line ends mean nothing, as in a header
-            body = re.sub(rb"[ \t]+(?=\r\n|\Z)", b"", body)
+            body = re.sub(rb"(?<![ \t])[ \t]+(?=\r\n|\Z)", b"", body)
         if is_fit(body, clear=clear):
             return encoding, body
     if encoding == "base64":  # what is outside its alphabet has no meaning, RFC 2045 section 6.8
@@ -978,7 +980,7 @@ def wrap(text: bytes) -> bytes:
 # --------------------------------------------------------------------------------- message: header protection
 
 
-COMMENT_OR_BODY = r"""(?is)<!--.*?-->|<body\b(?:"[^"]*"|'[^']*'|[^'">])*>"""
+COMMENT_OR_BODY = r"""(?is)<!--.*?(?:-->|\Z)|<body\b(?:"[^"<]*"|'[^'<]*'|[^'"<>])*>"""
 MAIN_TEXT_TYPES = ("multipart/alternative", "multipart/mixed", "multipart/related")
 
 
@@ -1007,7 +1009,7 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
 
 def tidy(field: bytes) -> bytes:
     """A field as `Name: value` (RFC 9788 section 2.2), without blanks at line ends, which no clear signature holds."""
-    name, _, value = re.sub(rb"[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
+    name, _, value = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
     return (name.rstrip() + b": " + value.lstrip()).rstrip()
 
 

@@ -6,6 +6,7 @@ import email
 import importlib.util
 import re
 import sys
+import time
 import urllib.parse
 from base64 import b64encode
 from collections.abc import Callable
@@ -642,3 +643,25 @@ def test_a_bcc_below_a_line_that_ends_the_header_is_not_sent_as_text(run: Run, f
 def test_date_now_leaves_one_date(run: Run) -> None:
     output = printed(run, b"Date: x\r\n" + mail(Date="y"), "--date_now")
     assert len(values(output, "Date")) == 1
+
+
+N = 200_000
+HTML = b"Content-Type: text/html; charset=us-ascii\r\nMIME-Version: 1.0\r\n"
+HEAVY: dict[str, tuple[bytes, Flags]] = {
+    "blanks in an address": (b"From: a@b.c\r\nTo: <a" + b" " * N + b"b@c>\r\n\r\nx\r\n", ()),
+    "quotation marks": (b'From: a@b.c\r\nTo: a@b.c (c) "' + b'\\"' * (N // 2) + b"\r\n\r\nx\r\n", ()),
+    "open encoded word": (b"X: =?utf-8?Q?" + E * (N // 2) + b"\r\n" + mail(), ()),
+    "comments": (HTML + mail(b"<!--\r\n" * (N // 6)), ("--encrypt", "--protect_headers")),
+    "body tags": (HTML + mail(b"<body \r\n" * (N // 8)), ("--encrypt", "--protect_headers")),
+    "open body tags": (HTML + mail(b'<body a="\r\n' * (N // 11)), ("--encrypt", "--protect_headers")),
+    "blanks in a field": (b"X: " + b" " * N + b"x\r\n" + mail(), ("--sign", "--protect_headers")),
+    "blanks in fields": (b"Content-Type: message/delivery-status\r\n" + mail(b" " * N + b"x\xff\r\n"), SIGN),
+}
+
+
+@pytest.mark.parametrize(("data", "flags"), HEAVY.values(), ids=HEAVY)
+def test_the_time_for_absurd_input_grows_with_its_length_only(run: Run, data: bytes, flags: Flags) -> None:
+    began = time.monotonic()
+    done = run("-", *flags, data=data)
+    assert time.monotonic() - began < 15  # each took over 20 seconds when it grew with the square
+    assert len(done.stderr) < 1000
