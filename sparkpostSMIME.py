@@ -643,10 +643,9 @@ def parse_mailbox(mailbox: str, name: str) -> str:
     """The address in `Name <address>` or `address`. Raises Error."""
     bracketed = re.fullmatch(BRACKETED, mailbox)
     spaced = (bracketed[1] if bracketed else mailbox).strip()
-    address = re.sub(
-        rf"({QUOTED})|(?<!\s)\s*([.@])\s*", lambda match: match[1] or match[2], spaced
-    )  # RFC 5322 section 4.4
-    if not re.fullmatch(ADDRESS, address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", mailbox):
+    close = rf"({QUOTED})|(?<!\s)\s*([.@])\s*"  # RFC 5322 section 4.4
+    address = re.sub(close, lambda match: match[1] or match[2], spaced)
+    if not re.fullmatch(ADDRESS, address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]", mailbox):
         raise unreadable(mailbox, name)
     return address
 
@@ -681,7 +680,7 @@ def words(excluded: bytes = b"") -> bytes:
 BYTES_QUOTED = QUOTED.encode()
 UNSTRUCTURED = words()
 ADDRESS_LIST = (
-    rb'(?s)(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]*<))|' % BYTES_QUOTED
+    rb'(?s)(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]{0,998}<))|' % BYTES_QUOTED
     + rb"(?P<quoted>%b)|%b" % (BYTES_QUOTED, words(rb'"<>(),:;'))
 )
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
@@ -907,7 +906,7 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
 
     An unfit preamble or epilogue, which no reader shows, is left out; so are blanks after a boundary.
     """
-    delimiter = rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode())
+    delimiter = rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode(errors="replace"))
     pieces, end, inside = list[bytes](), 0, False
     for match in re.finditer(delimiter, body):
         pieces += [fit_piece(body[end : match.start()], inside, fit_part, clear=clear), to_crlf(match[0]).rstrip()]
@@ -1026,6 +1025,7 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
 
     def changed(field: bytes) -> bytes:
+        field = without_comments(field.decode("latin-1")).encode("latin-1")  # a semicolon in one ends nothing
         kind, _, others = re.sub(old, lambda match: match[1] or b"", field).partition(b";")
         others = others.rstrip(b"; \t\r\n")
         return kind.rstrip() + parameter + (b";" + others if others else b"")  # first, where nothing odd can hide it
@@ -1135,9 +1135,8 @@ class Keyring:
         cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        named = [each for each in certificates if email_addresses(each)]
-        own = [each for each in named if same_address(address) in map(same_address, email_addresses(each))] or named
-        if not own:  # only the file's name says whose they are
+        own = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
+        if not own:  # those that issued none of the others
             names = {each: (raw_fields(each)[4], raw_fields(each)[2]) for each in certificates}
             issuers = [issuer for subject, issuer in names.values() if issuer != subject]
             own = [each for each, (subject, issuer) in names.items() if subject not in issuers]

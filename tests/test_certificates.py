@@ -16,7 +16,20 @@ from conftest import BOB, CAROL, KEY_PASSWORD, STEVE, STEVET, Run, mail
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from faulty import Open, Send, send_by_smtp, start_mailbox  # noqa: F401, the fixtures are used by name
-from pki import DAY, EMAIL, NOW, USAGES, Authority, Identity, PrivateKey, certificate_der, certificate_pem, key_pem
+from pki import (
+    DAY,
+    EMAIL,
+    NOW,
+    USAGES,
+    Authority,
+    Identity,
+    PrivateKey,
+    certificate_der,
+    certificate_pem,
+    certify,
+    distinguished_name,
+    key_pem,
+)
 from readers import Openssl, command, cut_signed
 
 CHECKS = ["validity", "address", "usage", "key_size", "chain"]
@@ -324,6 +337,16 @@ def test_where_none_is_usable_the_fault_of_each_is_told(flag: str, desk: Desk) -
     refused(desk.check(flag), FILE, day(-100), USAGE)
     desk.opens(passed(desk.check(flag, "--skip_checks", "validity"), FILE), flag, expired, server)
     desk.opens(passed(desk.check(flag, "--skip_checks", "usage"), FILE), flag, server, expired)
+
+
+def test_an_issuer_that_names_an_address_is_not_the_recipient(desk: Desk) -> None:
+    key, root_key = (desk.authority.identity(owner).key for owner in (STEVE, BOB))
+    name = distinguished_name("Old Root", ["pki@hospital.example"])
+    certificate = certify(name, root_key, name, root_key, authority=True, usages=[])
+    root = Identity("", root_key, certificate, desk.authority)
+    own = Identity(STEVE, key, certify(distinguished_name("Steve"), key, name, root_key), desk.authority)
+    (desk.folder / FILE).write_bytes(certificate_pem(own.certificate) + certificate_pem(root.certificate))
+    desk.opens(passed(desk.run("-", ENCRYPT, data=MAIL), "address"), ENCRYPT, own, root)
 
 
 # ------------------------------------------------------------------------------------------------- forms of files

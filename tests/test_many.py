@@ -437,6 +437,11 @@ def test_a_recipient_that_the_header_does_not_show_gets_an_encrypted_copy_alone(
             openssl.decrypt(inner(each.content), authority.identity(other))
 
 
+def test_a_recipient_that_is_no_text_is_refused(run: Run) -> None:
+    done = run("-", "--sign", "--recipient", os.fsdecode(b"a\xff@b.c"), data=mail())
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
 def test_a_message_without_recipients_in_its_header_can_be_given_some(run: Run, serve: Serve) -> None:
     server = serve()
     arguments = ("--recipient", BOB, "--return_path", "<>")

@@ -627,6 +627,12 @@ MESSAGES = st.tuples(
 ).map(b"".join)
 
 
+@pytest.mark.parametrize("flags", ALL)
+def test_a_boundary_that_is_no_text_is_sent_all_the_same(run: Run, flags: Flags) -> None:
+    data = b"Content-Type: multipart/mixed; boundary*=utf-7''%2B2AA-\r\n" + mail(b"\xff\r\n")
+    assert run("-", *flags, data=data).returncode == 0
+
+
 @PROPERTY
 @given(data=MESSAGES, flags=st.sampled_from(ALL))
 def test_no_message_gives_a_traceback(data: bytes, flags: Flags, keys: Path) -> None:

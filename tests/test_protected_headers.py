@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
+from email.policy import default
 from html import unescape
 from pathlib import Path
 
@@ -253,6 +254,13 @@ CLAIMS = [
 def test_claims_of_the_input_are_not_believed(claim: str, mode: str, protect: Protect) -> None:
     fields = {"Content_Type": claim, "HP_Outer": "Subject: A test", "hp_outer": "From: a@b.c"}
     assert b"A test" in protect(mail(b"Hello\r\n\r\nSteve\r\n", **fields), mode)[1]
+
+
+def test_a_comment_hides_no_protection(run: Run) -> None:
+    data = mail(Content_Type="text/plain (a; b); charset=us-ascii")
+    signed = message_from_bytes(run("-", "--sign", "--protect_headers", data=data).stdout, policy=default)
+    (part, _) = signed.iter_parts()
+    assert dict(part["Content-Type"].params) == {"hp": "clear", "charset": "us-ascii"}
 
 
 @pytest.mark.parametrize("parts", [1, 2])
