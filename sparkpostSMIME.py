@@ -1629,6 +1629,7 @@ def exposes_password(session: Any, settings: Settings) -> bool:
     return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
 
 
+@cache
 def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
     """Raises Error where the CA certificates cannot be read."""
     with system_errors(f"SMTP_CA_FILE {ca_file}", "it must hold CA certificates in PEM form"):
@@ -1950,9 +1951,10 @@ def locked(path: str, sent: str) -> Iterator[list[int]]:
             file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
             flock(file, LOCK_EX | LOCK_NB)
             which, now = identity(file.fileno()), identity(path)
-        except OSError as error:
-            moved = os.path.lexists(os.path.join(sent, os.path.basename(path)))
-            if isinstance(error, BlockingIOError) or (isinstance(error, FileNotFoundError) and moved):
+        except BlockingIOError:
+            raise Elsewhere from None
+        except FileNotFoundError:
+            if os.path.lexists(os.path.join(sent, os.path.basename(path))):
                 raise Elsewhere from None
             raise
     with file:

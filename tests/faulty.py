@@ -228,6 +228,11 @@ program.TIMEOUT, program.FINAL_TIMEOUT = 1, 3
 ABROAD = "assert program.is_loopback('127.0.0.1'); program.is_loopback = lambda host: False"
 
 
+def patched(patch: str) -> list[str]:
+    """The command that runs the program after this patch of it."""
+    return [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=patch)]
+
+
 def redirected(port: int) -> str:
     """A patch that connects to this port on loopback, whatever the host."""
     return f"""
@@ -278,8 +283,7 @@ def send_by_smtp(run: Run, folder: Path) -> Send:
         if not patch:
             done = run(*arguments, data=data, **variables)
         else:
-            code = LOADER.format(script=str(SCRIPT), patch=patch)
-            words = [sys.executable, "-c", code, *arguments]
+            words = [*patched(patch), *arguments]
             done = subprocess.run(words, cwd=folder, env=variables, input=data, capture_output=True, timeout=30)
         outcome = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
         for unwanted in ("Traceback", PASSWORD, base64.b64encode(PASSWORD.encode()).decode()):

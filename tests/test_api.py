@@ -11,7 +11,6 @@ import socket
 import socketserver
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from typing import Any, NamedTuple
 import pytest
 import sparkpost  # type: ignore[import-untyped]
 import trustme
-from conftest import API_KEY, BOB, CAROL, SCRIPT, STEVE, STEVET, Run, mail
+from conftest import API_KEY, BOB, CAROL, STEVE, STEVET, Run, mail
+from faulty import QUICK, patched
 from pki import Authority
 from readers import Openssl
 
@@ -36,15 +36,6 @@ ERROR = {"message": "Message told", "code": "1902", "description": "Description 
 EVIL = f"before {API_KEY}\x1b]0;title\x07\x1b[2J\x9b31m\r\n\u202e\u2028\x00\ud800after"
 DATED: dict[str, Any] = {"Date": "Mon, 24 Nov 2025 10:00:00 +0000", "Message_ID": "<one@thetucks.com>"}
 THREE: dict[str, Any] = {"To": f"SteveT <{STEVET}>", "Cc": f"Bob <{BOB}>", "Bcc": CAROL}
-IMPATIENT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("script", sys.argv[1])
-sys.modules["script"] = script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-assert (script.TIMEOUT, script.FINAL_TIMEOUT) == (60, 600)
-script.TIMEOUT, script.FINAL_TIMEOUT = 1, 3
-sys.exit(script.main(sys.argv[2:]))
-"""
 
 
 class Request(NamedTuple):
@@ -413,7 +404,7 @@ def test_a_silent_server_times_out(heard: bool, api: StandIn, ca_file: str, fold
         host = api.url if heard else f"https://localhost:{mute.getsockname()[1]}"
         environment = {"SPARKPOST_API_KEY": API_KEY, "SPARKPOST_HOST": host, "SSL_CERT_FILE": ca_file}
         done = subprocess.run(
-            [sys.executable, "-c", IMPATIENT, SCRIPT, "-", "--send_api"],
+            [*patched(QUICK), "-", "--send_api"],
             input=mail(),
             env={"PATH": os.environ["PATH"], **environment},
             cwd=folder,
@@ -446,7 +437,7 @@ def test_a_large_request_and_its_answer_may_take_long(folder: Path) -> None:
         api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         data = mail(b"A line of text, which is as long as lines of text in a message mostly are.\r\n" * 160_000)
         done = subprocess.run(
-            [sys.executable, "-c", IMPATIENT, SCRIPT, "-", "--send_api"],
+            [*patched(QUICK), "-", "--send_api"],
             input=data,
             env={"PATH": os.environ["PATH"], "SPARKPOST_API_KEY": API_KEY, "SPARKPOST_HOST": api.url},
             cwd=folder,

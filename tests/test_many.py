@@ -19,7 +19,6 @@ import pytest
 import trustme
 from conftest import API_KEY, BOB, CAROL, PASSWORD, SCRIPT, STEVE, STEVET, Run, mail
 from faulty import (  # the fixtures among them are used by name
-    LOADER,
     QUICK,
     Answer,
     Fault,
@@ -27,6 +26,7 @@ from faulty import (  # the fixtures among them are used by name
     LastWord,
     Mailbox,
     Serve,
+    patched,
     sometimes,
     start_faulty,  # noqa: F401
 )
@@ -693,7 +693,7 @@ def test_a_connection_to_the_api_is_left_after_15_minutes(api: StandIn, folder: 
     letters(folder / "out", 4)
     api.RequestHandlerClass = Kept
     patch = "assert program.CONNECTION_LIFE == 900; program.CONNECTION_LIFE = 0"
-    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=patch), "out", "--send_api"]
+    words = [*patched(patch), "out", "--send_api"]
     variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=30)
     assert (done.returncode, len(api.requests), api.connections) == (0, 4, 4)
@@ -720,7 +720,7 @@ def test_the_rest_of_a_reply_answers_no_other_request(api: StandIn, folder: Path
     letters(folder / "out", 3)
     api.RequestHandlerClass = Halting
     api.answers = [accepted(1).replace(b"Content-Length: ", b"Content-Length: 1"), accepted(1)]
-    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=QUICK), "out", "--send_api"]
+    words = [*patched(QUICK), "out", "--send_api"]
     variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=30)
     assert (done.returncode, len(api.requests), api.connections) == (75, 3, 2)

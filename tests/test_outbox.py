@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from conftest import API_KEY, BOB, CAROL, SCRIPT, STEVE, STEVET, Run, mail, need
 from faulty import (  # the fixtures among them are used by name
-    LOADER,
     Answer,
     Fault,
     Faulty,
     LastWord,
     Serve,
+    patched,
     sometimes,
     start_faulty,  # noqa: F401
 )
@@ -694,7 +694,7 @@ def test_when_all_workers_are_killed_the_rest_waits_for_the_next_run(start: Star
 
 def test_a_worker_that_is_killed_before_it_begins_keeps_no_message_back(serve: Serve, out: Path, folder: Path) -> None:
     server, files = serve(), letters(out, 12)
-    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=DOOMED), *SEND, "--jobs", "3"]
+    words = [*patched(DOOMED), *SEND, "--jobs", "3"]
     done = subprocess.run(words, cwd=folder, env=to(server), capture_output=True, timeout=30)
     assert b"Traceback" not in done.stderr
     left = names(out.iterdir())

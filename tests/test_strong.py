@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -13,9 +12,9 @@ from typing import NamedTuple
 import pytest
 from conftest import BOB, CAROL, SCRIPT, STEVE, STEVET, Run, mail
 from faulty import (  # the fixtures among them are used by name
-    LOADER,
     Open,
     Send,
+    patched,
     send_by_smtp,  # noqa: F401
     start_mailbox,  # noqa: F401
 )
@@ -362,6 +361,6 @@ def test_the_default_never_touches_the_der_writer(to: str, arguments: tuple[str,
     assert "envelope" in names
     patch = "def broken(*values, **named):\n    raise program.Error('the DER writer')\n"
     patch += "".join(f"assert callable(program.{name}); program.{name} = broken\n" for name in names)
-    words = [sys.executable, "-c", LOADER.format(script=str(SCRIPT), patch=patch), "-", "--sign", "--encrypt"]
+    words = [*patched(patch), "-", "--sign", "--encrypt"]
     done = subprocess.run([*words, *arguments], cwd=folder, input=mail(To=to), capture_output=True, timeout=60)
     assert (done.returncode, b"the DER writer" in done.stderr) == (code, bool(code)), done.stderr
