@@ -87,6 +87,7 @@ if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
 
 import io
 import re
+import smtplib
 import socket
 import ssl
 import unicodedata
@@ -1486,6 +1487,85 @@ class Stdout:
         pass
 
 
+class Session(smtplib.SMTP):
+    """smtplib's session, with transactions in two round trips (RFC 2920)."""
+
+    sock: Any
+    handed_over = False  # a message, to which no answer has come yet
+
+    def getreply(self) -> tuple[int, bytes]:
+        code, text = super().getreply()
+        if code == -1 and self.handed_over:
+            raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
+        self.handed_over = False
+        return code, text
+
+    def transact(self, sender: str, recipients: Sequence[str], message: bytes, options: str) -> Answers:
+        """Who was refused of the recipients of a message; raises as smtplib's sendmail does."""
+        commands = [f"MAIL FROM:<{sender}>{options}", *(f"RCPT TO:<{each}>" for each in recipients), "DATA"]
+        replies = self.converse(commands)
+        answers = dict(zip(recipients, replies[1:], strict=False))
+        refused = {recipient: answer for recipient, answer in answers.items() if answer[0] not in (250, 251)}
+        begun = len(replies) == len(commands) and replies[-1][0] == 354
+        failure: Exception
+        if replies[0][0] != 250:
+            failure = smtplib.SMTPSenderRefused(*replies[0], sender)
+        elif len(refused) == len(answers) or len(replies) < len(commands):
+            failure = smtplib.SMTPRecipientsRefused(refused)
+        elif not begun:
+            failure = smtplib.SMTPDataError(*replies[-1])
+        else:
+            answer, begun = self.hand_over(message), False
+            if answer[0] == 250:
+                return refused
+            failure = smtplib.SMTPDataError(*answer)
+        self.handed_over = False
+        with suppress(smtplib.SMTPException):
+            if begun and not all(200 <= code < 600 for code, _ in replies):
+                self.close()  # whatever this server speaks, it shall not deliver an empty message
+            elif begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
+                self.send(b".\r\n")
+                self.getreply()
+            self.rset()
+        raise failure
+
+    def hand_over(self, message: bytes) -> tuple[int, bytes]:
+        """The answer to a whole message."""
+        if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
+            message = message.replace(b"\n.", b"\n..")
+        if message.startswith(b"."):
+            message = b"." + message
+        end = b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"
+        for start in range(0, len(message), PIECE):
+            piece = message[start : start + PIECE]
+            self.handed_over = start + PIECE >= len(message)
+            self.send(piece + end if self.handed_over else piece)
+        self.sock.settimeout(FINAL_TIMEOUT)
+        answer = self.getreply()
+        self.sock.settimeout(TIMEOUT)
+        return answer
+
+    def converse(self, commands: Sequence[str]) -> list[tuple[int, bytes]]:
+        """The replies to commands, which go out together where the server takes them so (RFC 2920).
+
+        What has become useless is not said: there are fewer replies then.
+        """
+        at_once = COMMANDS_AT_ONCE if self.has_extn("pipelining") else 1
+        replies: list[tuple[int, bytes]] = []
+        for start in range(0, len(commands), at_once):
+            group = commands[start : start + at_once]
+            nobody = not any(code in (250, 251) for code, _ in replies[1:])
+            if start and (replies[0][0] != 250 or (group == ["DATA"] and nobody)):
+                break
+            self.send("".join(f"{command}\r\n" for command in group).encode())
+            for _ in group:
+                replies.append(self.getreply())
+                if replies[-1][0] == 421:  # the server closes the connection, RFC 5321 section 3.8
+                    self.close()
+                    return replies
+        return replies
+
+
 class Smtp:
     """Sends messages to an SMTP server, many over one connection; its answers are told as smtplib prints them."""
 
@@ -1594,7 +1674,7 @@ def untracked(message: bytes) -> bytes:
     return b'X-MSYS-API: {"options": {"open_tracking": false, "click_tracking": false}}\r\n' + message
 
 
-def open_session(settings: Settings) -> tuple[Any, str]:
+def open_session(settings: Settings) -> tuple[Session, str]:
     """A session with the server, and how it is secured. Raises Error, and what smtplib and ssl raise.
 
     A password crosses no network without verified TLS (RFC 8314 section 3).
@@ -1623,7 +1703,7 @@ def open_session(settings: Settings) -> tuple[Any, str]:
     return session, "STARTTLS, certificate not verified"
 
 
-def exposes_password(session: Any, settings: Settings) -> bool:
+def exposes_password(session: Session, settings: Settings) -> bool:
     """Whether a password would go to another machine."""
     peer = session.sock.getpeername()[0] if session.sock else ""
     return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
@@ -1640,100 +1720,20 @@ def tls_context(ca_file: str, *, verify: bool = True) -> ssl.SSLContext:
     return context
 
 
-def greet(settings: Settings) -> Any:
+def greet(settings: Settings) -> Session:
     """Connect and say EHLO."""
     name = socket.gethostname()
     if "." not in name or not name.isascii():
         name = "[127.0.0.1]"  # as smtplib says, but without asking DNS for the full name
-    session = session_class()(settings.smtp_host, settings.smtp_port, local_hostname=name, timeout=TIMEOUT)
+    session = Session(settings.smtp_host, settings.smtp_port, local_hostname=name, timeout=TIMEOUT)
     session.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the final dot waits for no acknowledgement
     session.ehlo_or_helo_if_needed()
     return session
 
 
-@cache
-def session_class() -> type[Any]:
-    """smtplib's session, with transactions in two round trips (RFC 2920); made here, for smtplib loads slowly."""
-    import smtplib
-
-    class Session(smtplib.SMTP):
-        handed_over = False  # a message, to which no answer has come yet
-
-        def getreply(self) -> tuple[int, bytes]:
-            code, text = super().getreply()
-            if code == -1 and self.handed_over:
-                raise smtplib.SMTPServerDisconnected("the answer is not SMTP")
-            self.handed_over = False
-            return code, text
-
-        def transact(self, sender: str, recipients: Sequence[str], message: bytes, options: str) -> Answers:
-            """Who was refused of the recipients of a message; raises as smtplib's sendmail does."""
-            commands = [f"MAIL FROM:<{sender}>{options}", *(f"RCPT TO:<{each}>" for each in recipients), "DATA"]
-            replies = self.converse(commands)
-            answers = dict(zip(recipients, replies[1:], strict=False))
-            refused = {recipient: answer for recipient, answer in answers.items() if answer[0] not in (250, 251)}
-            begun = len(replies) == len(commands) and replies[-1][0] == 354
-            failure: Exception
-            if replies[0][0] != 250:
-                failure = smtplib.SMTPSenderRefused(*replies[0], sender)
-            elif len(refused) == len(answers) or len(replies) < len(commands):
-                failure = smtplib.SMTPRecipientsRefused(refused)
-            elif not begun:
-                failure = smtplib.SMTPDataError(*replies[-1])
-            else:
-                if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
-                    message = message.replace(b"\n.", b"\n..")
-                if message.startswith(b"."):
-                    message = b"." + message
-                end = b".\r\n" if message.endswith(CRLF) else b"\r\n.\r\n"
-                for start in range(0, len(message), PIECE):
-                    piece = message[start : start + PIECE]
-                    self.handed_over = start + PIECE >= len(message)
-                    self.send(piece + end if self.handed_over else piece)
-                sock: Any = self.sock
-                sock.settimeout(FINAL_TIMEOUT)
-                answer, begun = self.getreply(), False
-                sock.settimeout(TIMEOUT)
-                if answer[0] == 250:
-                    return refused
-                failure = smtplib.SMTPDataError(*answer)
-            self.handed_over = False
-            with suppress(smtplib.SMTPException):
-                if begun and not all(200 <= code < 600 for code, _ in replies):
-                    self.close()  # whatever this server speaks, it shall not deliver an empty message
-                elif begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
-                    self.send(b".\r\n")
-                    self.getreply()
-                self.rset()
-            raise failure
-
-        def converse(self, commands: Sequence[str]) -> list[tuple[int, bytes]]:
-            """The replies to commands, which go out together where the server takes them so (RFC 2920).
-
-            What has become useless is not said: there are fewer replies then.
-            """
-            at_once = COMMANDS_AT_ONCE if self.has_extn("pipelining") else 1
-            replies: list[tuple[int, bytes]] = []
-            for start in range(0, len(commands), at_once):
-                group = commands[start : start + at_once]
-                nobody = not any(code in (250, 251) for code, _ in replies[1:])
-                if start and (replies[0][0] != 250 or (group == ["DATA"] and nobody)):
-                    break
-                self.send("".join(f"{command}\r\n" for command in group).encode())
-                for _ in group:
-                    replies.append(self.getreply())
-                    if replies[-1][0] == 421:  # the server closes the connection, RFC 5321 section 3.8
-                        self.close()
-                        return replies
-            return replies
-
-    return Session
-
-
 @contextmanager
-def smtp_errors(settings: Settings, session: Any = None) -> Iterator[None]:
+def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[None]:
     """Raise what smtplib raises as an Error: answers of the server unchanged, 4xx and lost connections as temporary."""
-    import smtplib
 
     where = f"{settings.smtp_host} port {settings.smtp_port}"
     cure = "is the server running, are SMTP_HOST and SMTP_PORT right?"
