@@ -92,7 +92,7 @@ import socket
 import ssl
 import unicodedata
 import warnings
-from argparse import ArgumentParser, HelpFormatter
+from argparse import ArgumentParser, HelpFormatter, Namespace
 from base64 import b64encode
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,7 +225,7 @@ def system_errors(what: str, hint: str = "") -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- types
 
 
-class Options(NamedTuple):
+class Options(Namespace):
     """The command line."""
 
     files: list[str]
@@ -376,7 +376,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     add("--keys", default=".")
     add("--skip_checks", action="extend", type=lambda text: text.split(","), default=[])
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
-    options = Options(**vars(parser.parse_args(argv)))
+    options = parser.parse_args(argv, Options())
     if options.send_smtp and options.send_api:
         parser.error("--send_smtp and --send_api are two ways: choose one")
     if options.opaque and not options.sign:
@@ -646,7 +646,8 @@ def parse_mailbox(mailbox: str, name: str) -> str:
     spaced = (bracketed[1] if bracketed else mailbox).strip()
     close = rf"({QUOTED})|(?<!\s)\s*([.@])\s*"  # RFC 5322 section 4.4
     address = re.sub(close, lambda match: match[1] or match[2], spaced)
-    if not re.fullmatch(ADDRESS, address) or re.search(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]", mailbox):
+    odd = not mailbox.isprintable() and re.search(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]", mailbox)  # slow to compile
+    if odd or not re.fullmatch(ADDRESS, address):
         raise unreadable(mailbox, name)
     return address
 
