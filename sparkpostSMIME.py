@@ -623,20 +623,16 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
 
 
 def without_comments(text: str) -> str:
-    """The value of a field without its (comments), which nest (RFC 5322 section 3.2.2); as it is where one is open."""
+    """The value of a field, with blanks for its (comments), which nest (RFC 5322 section 3.2.2), unless one is open."""
     if "(" not in text:
         return text
     outside, within = re.compile(rf'{QUOTED}|[()]|[^"()]+|"', re.DOTALL), re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
     depth, kept, end = 0, [], 0
     while token := (within if depth else outside).match(text, end):
         end = token.end()
-        if token[0] == "(":
-            depth += 1
-        elif depth and token[0] == ")":
-            depth -= 1
-            kept.append(" " if not depth else "")
-        elif not depth:
-            kept.append(token[0])
+        depth += token[0] == "("
+        kept.append(" " * len(token[0]) if depth else token[0])
+        depth -= depth and token[0] == ")"
     return text if depth else "".join(kept)
 
 
@@ -981,7 +977,7 @@ def wrap(text: bytes) -> bytes:
 # --------------------------------------------------------------------------------- message: header protection
 
 
-COMMENT_OR_BODY = r"""(?is)<!--.*?(?:-->|\Z)|<body\b(?:"[^"<]*"|'[^'<]*'|[^'"<>])*>"""
+COMMENT_OR_BODY = r"""(?is)<!--.*?(?:-->|\Z)|<body\b(?:"[^"]*"|'[^']*'|[^'"<>])*>"""
 MAIN_TEXT_TYPES = ("multipart/alternative", "multipart/mixed", "multipart/related")
 
 
@@ -1027,10 +1023,9 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
 
     def changed(field: bytes) -> bytes:
-        field = without_comments(field.decode("latin-1")).encode("latin-1")  # a semicolon in one ends nothing
-        kind, _, others = re.sub(old, lambda match: match[1] or b"", field).partition(b";")
-        others = others.rstrip(b"; \t\r\n")
-        return kind.rstrip() + parameter + (b";" + others if others else b"")  # first, where nothing odd can hide it
+        kind = without_comments(field.decode("latin-1")).partition(";")[0].encode("latin-1")  # in one, it ends nothing
+        others = re.sub(old, lambda match: match[1] or b"", field[len(kind) :])
+        return b" ".join(kind.split()) + parameter + others.rstrip(b"; \t\r\n")  # first, where nothing odd can hide it
 
     return [changed(field) if field_name(field) == "content-type" else field for field in fields]
 
@@ -1142,7 +1137,8 @@ class Keyring:
             names = {each: (raw_fields(each)[4], raw_fields(each)[2]) for each in certificates}
             issuers = [issuer for subject, issuer in names.values() if issuer != subject]
             own = [each for each, (subject, issuer) in names.items() if subject not in issuers]
-            own = [each for each in own if len({*names[each]}) == 1 or not is_authority(each)]
+            leaves = [each for each in own if len({*names[each]}) > 1 and not is_authority(each)]
+            own = leaves or [each for each in own if len({*names[each]}) == 1]  # beside a leaf, a root
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 
@@ -1302,7 +1298,7 @@ def email_addresses(certificate: x509.Certificate) -> list[str]:
 
 def same_address(address: str) -> str:
     """What two spellings of an address have in common; mail readers take no account of case either."""
-    return wire_address(address).encode().lower().decode()  # in ASCII alone
+    return wire_address(address).encode(errors="surrogateescape").lower().decode(errors="replace")  # in ASCII alone
 
 
 def chain_fault(certificate: x509.Certificate, chain: Certificates, roots: Certificates, moment: datetime) -> str:
@@ -2101,11 +2097,10 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
         keyring.remarks += date_remarks(header)
         entity = sign(entity, signer, opaque=options.opaque, pss=strong)
     head = b"".join(field + CRLF for field in header)
-    archive = [certificates[address] for address in options.archive]
     copies = []
     for copy in plan_copies(served, certificates, options, keyring.remarks):
         if options.encrypt:
-            keys = [certificates[recipient] for recipient in copy.recipients] + archive
+            keys = [certificates[address] for address in (*copy.recipients, *options.archive)]
             content = encrypt(entity, keys, gcm=options.cipher == "aes256-gcm", oaep=strong, before=head)
         else:
             content = head + entity

@@ -210,6 +210,7 @@ TEXTS = [
     encoded("text/html; charset=us-ascii", b'<HTML><BODY\r\n class="a" bgcolor=red><div><div>b</div></div></BODY>'),
     encoded("text/html; charset=us-ascii", b"<p>no body</p>"),
     encoded("text/html; charset=us-ascii", b'<!-- <body> --><body title="a>b">c'),
+    encoded("text/html; charset=us-ascii", b"<!DOCTYPE html><body title=\"a<b>\" id='<p>'>c"),
     encoded("text/html; charset=iso-8859-1", "<body>Wörld &amp; <pre>\r\n\r\n</pre>".encode("latin-1"), "8bit"),
     encoded("text/html; charset=utf-8", b"PGh0bWw+CjxwPkhlbGxvPC9wPgo=", "base64"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import signal
 import ssl
@@ -46,7 +47,9 @@ from test_certificates import (
     ROOT,
     SERVER,
     SIGN,
+    STRANGERS,
     Desk,
+    Make,
     both_ways,
     day,
     leaf,
@@ -178,6 +181,31 @@ def test_a_newer_nameless_certificate_is_not_the_recipients(first: int, issuer: 
             refused(done, FILE, day(-100))
         else:
             desk.opens(passed(done), ENCRYPT, own, nameless)
+
+
+NAMELESS_EXPIRED = leaf(san=[], begin=NOW - 300 * DAY, days=200)
+
+
+@pytest.mark.parametrize("marked", [True, None], ids=["root", "old root"])
+@pytest.mark.parametrize(
+    ("make", "words"), [(STRANGERS, MALLORY), (NAMELESS_EXPIRED, day(-100))], ids=["another's", "expired"]
+)
+def test_a_root_beside_a_faulty_leaf_is_not_the_recipient(
+    make: Make, words: str, marked: bool | None, desk: Desk
+) -> None:
+    """The root that openssl makes has no key usage; without the intermediate nothing ties it to the leaf."""
+    own, key, name = desk.give(make), new_key(), distinguished_name("Home Root")
+    root = certify(name, key, name, key, authority=marked, usages=[], begin=NOW - DAY)
+    (desk.folder / FILE).write_bytes(certificate_pem(own.certificate) + certificate_pem(root))
+    refused(desk.run("-", ENCRYPT, data=mail(To=STEVE)), FILE, words)
+
+
+def test_the_file_of_an_archive_may_have_any_name(desk: Desk) -> None:
+    name = os.fsdecode(b"b\xffd@example.com")
+    owner = desk.authority.issue(BOB, desk.authority.identity(BOB).key, san=[])
+    owner.write(desk.folder, name=name)
+    done = desk.run("-", ENCRYPT, "--archive", name, data=mail(To=STEVE))
+    desk.opens(passed(done, "names no address"), ENCRYPT, owner)
 
 
 def test_a_nameless_authority_alone_is_not_the_recipient(desk: Desk) -> None:
@@ -358,6 +386,23 @@ def protected(run: Run, openssl: Openssl, identity: Identity, **fields: str) -> 
 def test_text_that_cannot_be_decoded_gives_no_traceback(body: bytes, fields: dict[str, str], run: Run) -> None:
     done = run("-", ENCRYPT, "--protect_headers", data=mail(body, **fields))
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    ["name=report(1).pdf", "name*=UTF-8''report%20(1).pdf", 'x=(a;b); name="(c).pdf"', "charset=us-ascii (; name=d)"],
+)
+def test_what_parentheses_hold_in_a_parameter_stays(parameter: str, run: Run) -> None:
+    done = run("-", SIGN, "--protect_headers", data=mail(Content_Type=f"text/plain (a (; b)); {parameter}"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f'Content-Type: text/plain;\r\n\thp="clear"; {parameter}\r\n'.encode() in done.stdout
+
+
+def test_parts_between_boundaries_with_parentheses_stay(run: Run) -> None:
+    body = b"--a(1)b\n\none\n--a(1)b\n\ntwo\n--a(1)b--\n"
+    done = run("-", SIGN, "--protect_headers", data=mail(body, Content_Type="multipart/mixed; boundary=a(1)b"))
+    (content, _) = message_from_bytes(done.stdout).get_payload()
+    assert [part.get_payload() for part in content.get_payload()] == ["one", "two"]
 
 
 @pytest.mark.parametrize("kind", ['text/plain; charset=utf-8 (it"s me)', 'text/plain; name="foo'])
