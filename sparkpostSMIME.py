@@ -95,8 +95,8 @@ import warnings
 from argparse import ArgumentParser, HelpFormatter, Namespace
 from base64 import b64encode
 from binascii import b2a_base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
@@ -105,10 +105,10 @@ from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from functools import cache, lru_cache, partial
 from ipaddress import ip_address
 from itertools import count
-from select import select
+from select import POLLIN, POLLOUT, poll
 from stat import S_ISREG
 from struct import unpack
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote_from_bytes
 
@@ -296,18 +296,18 @@ class Receipt(NamedTuple):
     """What became of one copy of a message: who has it, why others have not, and the lines that tell it.
 
     `unknown` recipients have it too, but the API does not say which of the refused they are. `temporary` tells that
-    every refusal may be gone later, `lost` that the server is gone. It took so many `seconds` and `attempts`.
+    every refusal may be gone later, `lost` that the server is gone. Those `left` were too many for one transaction
+    (452, RFC 5321 section 4.5.3.1.10) and get another one.
     """
 
     accepted: tuple[str, ...]
     refused: Mapping[str, str]
     lines: Sequence[str] = ()
-    temporary: bool = False
+    temporary: bool = True
     lost: bool = False
     unknown: int = 0
     identifier: str = ""
-    seconds: float = 0
-    attempts: int = 0
+    left: tuple[str, ...] = ()
 
     @property
     def reached(self) -> int:
@@ -320,12 +320,10 @@ class Receipt(NamedTuple):
             self.accepted + other.accepted,
             {**self.refused, **other.refused},
             list(dict.fromkeys([*self.lines, *other.lines])),
-            self.temporary and (other.temporary or not other.refused),
+            self.temporary and other.temporary,
             other.lost,
             self.unknown + other.unknown,
             self.identifier or other.identifier,
-            self.seconds + other.seconds,
-            self.attempts + other.attempts,
         )
 
 
@@ -1516,7 +1514,6 @@ class Session(smtplib.SMTP):
             if answer[0] == 250:
                 return refused
             failure = smtplib.SMTPDataError(*answer)
-        self.handed_over = False
         with suppress(smtplib.SMTPException):
             if begun and not all(200 <= code < 600 for code, _ in replies):
                 self.close()  # whatever this server speaks, it shall not deliver an empty message
@@ -1575,13 +1572,12 @@ class Smtp:
             tls_context(settings.smtp_ca_file)  # Error, before there is a connection
 
     def open(self) -> list[str]:
-        """Connect where need be, and log in where there is a password. Returns what to report of it. Raises Error."""
+        """Connect, and log in where there is a password. Returns what to report of it. Raises Error."""
         settings = self.settings
-        if self.session and self.used < MESSAGES_PER_CONNECTION:
-            return []
         self.close()
         with smtp_errors(settings):
             session, security = open_session(settings)
+            session.ehlo_or_helo_if_needed()  # once more after STARTTLS
             if settings.smtp_user and settings.smtp_password:
                 session.login(settings.smtp_user, settings.smtp_password)
         self.session, self.used = session, 0
@@ -1594,33 +1590,20 @@ class Smtp:
         ]
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
-        """Raises Error when no recipient was accepted.
-
-        Those whom the server calls too many (452, RFC 5321 section 4.5.3.1.10) get a transaction of their own.
-        """
+        """Raises Error when no recipient was accepted."""
         if self.settings.smtp_host.lower().endswith(SPARKPOST_HOSTS):
             message = untracked(message)
-        self.opened += self.open()
+        if not self.session or self.used >= MESSAGES_PER_CONNECTION:
+            self.opened += self.open()
         spelt = {wire_address(recipient): recipient for recipient in envelope.recipients}
-        waiting, accepted, refused = list(spelt), list[str](), Answers()
-        told, temporary, lost = "", True, False
-        while waiting:
-            try:
-                answers = self.transact(wire_address(envelope.sender), waiting, message)
-            except Error as error:
-                if not accepted:
-                    raise
-                told, temporary, lost = str(error), error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
-                break
-            accepted += [spelt[address] for address in waiting if address not in answers]
-            waiting = [address for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS]
-            refused |= {address: answer for address, answer in answers.items() if address not in waiting}
+        answers = self.transact(wire_address(envelope.sender), list(spelt), message)
+        accepted = tuple(recipient for address, recipient in spelt.items() if address not in answers)
+        left = tuple(spelt[address] for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS)
+        refused = {address: answer for address, answer in answers.items() if answer[0] != TOO_MANY_RECIPIENTS}
         lines = [without_secrets(str(refused), self.settings)] if refused else []
-        lines += [told] if told else []
-        temporary = temporary and all(400 <= code < 500 for code, _ in refused.values())
+        temporary = all(400 <= code < 500 for code, _ in refused.values())
         reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
-        reasons |= {spelt[address]: told for address in waiting}
-        return Receipt(tuple(accepted), reasons, lines, temporary, lost)
+        return Receipt(accepted, reasons, lines, temporary, left=left)
 
     def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> Answers:
         """Who was refused in one transaction. Raises Error.
@@ -1687,7 +1670,6 @@ def open_session(settings: Settings) -> tuple[Session, str]:
         return session, "plain"
     try:
         session.starttls(context=tls_context(settings.smtp_ca_file))
-        session.ehlo_or_helo_if_needed()
         return session, "STARTTLS"
     except ssl.SSLCertVerificationError as error:
         failure = f"{settings.smtp_host}: its certificate cannot be verified: {error.verify_message}"
@@ -1696,14 +1678,12 @@ def open_session(settings: Settings) -> tuple[Session, str]:
     if settings.smtp_tls == "verify" or settings.smtp_ca_file or exposes_password(session, settings):
         raise Barred(failure, "name the CA that issued it in SMTP_CA_FILE")
     session.starttls(context=tls_context("", verify=False))
-    session.ehlo_or_helo_if_needed()
     return session, "STARTTLS, certificate not verified"
 
 
 def exposes_password(session: Session, settings: Settings) -> bool:
     """Whether a password would go to another machine."""
-    peer = session.sock.getpeername()[0] if session.sock else ""
-    return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(peer)
+    return bool(settings.smtp_user and settings.smtp_password) and not is_loopback(session.sock.getpeername()[0])
 
 
 @cache
@@ -1731,10 +1711,9 @@ def greet(settings: Settings) -> Session:
 @contextmanager
 def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[None]:
     """Raise what smtplib raises as an Error: answers of the server unchanged, 4xx and lost connections as temporary."""
-
     where = f"{settings.smtp_host} port {settings.smtp_port}"
     cure = "is the server running, are SMTP_HOST and SMTP_PORT right?"
-    gone = Closed if session else Unreachable
+    final, temporary, gone = (Error, TemporaryError, Closed) if session else (Barred, Unreachable, Unreachable)
     try:
         yield
     except (OSError, ValueError) as error:
@@ -1748,10 +1727,8 @@ def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[
             codes = [error.smtp_code]
         else:
             lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
-            kind = Error if session else Barred
-            raise (gone if lost and isinstance(error, OSError) else kind)(reason, cure) from None
-        temporary = all(400 <= code < 500 for code in codes)
-        kind = (TemporaryError if temporary else Error) if session else (Unreachable if temporary else Barred)
+            raise (gone if lost and isinstance(error, OSError) else final)(reason, cure) from None
+        kind = temporary if all(400 <= code < 500 for code in codes) else final
         raise (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="") from None
 
 
@@ -1775,10 +1752,9 @@ class Api:
         self.opened = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
         self.handler = kept_connection()
         in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
-        self.opener = request.OpenerDirector()  # it follows no redirection: the key must not go along
-        proxies = request.ProxyHandler({} if in_the_clear else None)
-        for handler in (proxies, self.handler, request.HTTPErrorProcessor(), request.HTTPDefaultErrorHandler()):
-            self.opener.add_handler(handler)
+        self.opener = request.OpenerDirector()  # follows no redirection, lest the key go along; no HTTPError
+        self.opener.add_handler(request.ProxyHandler({} if in_the_clear else None))
+        self.opener.add_handler(self.handler)
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when the API refuses the message as a whole."""
@@ -1801,23 +1777,24 @@ class Api:
         }
         if self.own_return_path:
             transmission["return_path"] = wire_address(envelope.sender)
-        return self.read_reply(*self.post(json.dumps(transmission).encode()), envelope.recipients)
+        status, reply = self.post(json.dumps(transmission).encode())
+        answer: dict[str, object] = {}
+        with suppress(ValueError, TypeError, RecursionError):  # of what is no JSON object
+            answer = {**json.loads(reply)}
+        return self.read_answer(status, answer, envelope.recipients)
 
     def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and reply of the API, which is empty where it broke off. Raises Error."""
         from http.client import HTTPException, InvalidURL
-        from io import BytesIO
-        from urllib.error import HTTPError, URLError
+        from urllib.error import URLError
         from urllib.request import Request
 
         host = self.settings.api_host
         headers = {"Authorization": self.settings.api_key, "Content-Type": "application/json"}
         headers |= {"Content-Length": str(len(body)), "User-Agent": f"sparkpostSMIME/{VERSION}"}
-        request = Request(f"{host}/api/v1/transmissions", BytesIO(body), headers)  # a file is sent in pieces
+        request = Request(f"{host}/api/v1/transmissions", io.BytesIO(body), headers)  # a file is sent in pieces
         try:
             response = self.opener.open(request, timeout=TIMEOUT)
-        except HTTPError as error:
-            response = error
         except URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
@@ -1825,8 +1802,7 @@ class Api:
             if self.handler.reused:  # closed before all of the request was there
                 return self.post(body)
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
-            cut = isinstance(error.reason, BrokenPipeError | ConnectionResetError)  # within the request
-            kind = Closed if cut else Unreachable
+            kind = Closed if getattr(self.handler.connection, "reached", False) else Unreachable
             raise kind(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
         except (InvalidURL, ValueError):
             raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
@@ -1840,13 +1816,8 @@ class Api:
             self.handler.connection = None  # what is left of this reply must not answer the next request
         return response.status, reply
 
-    def read_reply(self, status: int, reply: bytes, recipients: tuple[str, ...]) -> Receipt:
+    def read_answer(self, status: int, answer: Mapping[str, object], recipients: tuple[str, ...]) -> Receipt:
         """What the API says of a message for these recipients. Raises Error."""
-        import json
-
-        answer: dict[str, object] = {}
-        with suppress(ValueError, TypeError, RecursionError):  # of what is no JSON object
-            answer = {**json.loads(reply)}
         results = answer.get("results")
         results = results if isinstance(results, dict) else {}
         answers = api_errors(answer.get("errors")) + api_errors(results.get("rcpt_to_errors"))
@@ -1857,11 +1828,12 @@ class Api:
             if accepted == len(recipients):
                 return Receipt(recipients, {}, answers, identifier=identifier)
             lost = [f"{len(recipients) - accepted} of {len(recipients)} recipients were not accepted"]
-            refused = {each: line for each in recipients for line in answers if same_address(each) in line.lower()}
+            named = {address: line for line in answers for address in re.findall(r"[^\s<>,;:'\"()]+", line.lower())}
+            refused = {each: named[same_address(each)] for each in recipients if same_address(each) in named}
             if len(refused) != len(recipients) - accepted:  # nobody knows who has the message
                 refused = dict.fromkeys(recipients, (answers or lost)[0])
             has = tuple(each for each in recipients if each not in refused)
-            return Receipt(has, refused, answers or lost, identifier=identifier, unknown=accepted - len(has))
+            return Receipt(has, refused, answers or lost, False, unknown=accepted - len(has), identifier=identifier)
         told = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
         where = f"{self.settings.api_host}: HTTP status {status}: {told}"
         if status in (200, 504):
@@ -1884,6 +1856,11 @@ def kept_connection() -> Any:
         class Connection(kind):  # type: ignore[misc, valid-type]
             sock: Any
             kept: Any = None
+            reached = False
+
+            def connect(self) -> None:
+                super().connect()
+                self.reached = True
 
             def request(self, method: str, url: str, body: Any, headers: Any, **named: Any) -> None:
                 self.sock, self.kept = self.kept, None
@@ -1904,21 +1881,20 @@ def kept_connection() -> Any:
         connection: Any = None
         reused, opened = False, 0.0
 
-        def connect(self, host: str, *, kind: type[client.HTTPConnection], timeout: float) -> Any:
+        def connect(self, host: str, *, kind: type[client.HTTPConnection] = client.HTTPConnection, **named: Any) -> Any:
             idle = self.connection and self.connection.kept
             young = monotonic() < self.opened + CONNECTION_LIFE
-            self.reused = bool(idle) and young and not select([idle], [], [], 0)[0]
+            self.reused = bool(idle) and young and not ready(idle.fileno(), POLLIN, 0)
             if not self.reused:
-                tls = {"context": ssl.create_default_context()} if kind is client.HTTPSConnection else {}
-                self.connection = kept(kind)(host, timeout=timeout, blocksize=PIECE, **tls)
+                self.connection = kept(kind)(host, blocksize=PIECE, **named)  # https is verified
                 self.opened = monotonic()
             return self.connection
 
         def http_open(self, request: request.Request) -> Any:
-            return self.do_open(partial(self.connect, kind=client.HTTPConnection), request)
+            return self.do_open(self.connect, request)
 
         def https_open(self, request: request.Request) -> Any:
-            return self.do_open(partial(self.connect, kind=client.HTTPSConnection), request)
+            return self.do_open(self.connect, request, kind=client.HTTPSConnection)
 
     return Handler()
 
@@ -1989,10 +1965,9 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, f"{path}.accepted")
-    except OSError:
-        with suppress(OSError):
+    finally:
+        with suppress(OSError):  # there is none where all went well
             os.unlink(new)
-        raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -2006,23 +1981,32 @@ def identity(file: str | int, *, follow: bool = True) -> list[int]:
     return []
 
 
+def lock(folder: int) -> None:
+    """Lock a folder, but wait two seconds at most: NFS locks none, and whoever started this run may hold the lock."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    with suppress(OSError):
+        for _ in range(200):
+            with suppress(BlockingIOError):
+                flock(folder, LOCK_EX | LOCK_NB)
+                break
+            sleep(0.01)
+
+
 def move_to(sent: str, path: str, which: list[int]) -> None:
     """Put a message that everybody has into the folder `sent`, under a name that is free there. Raises OSError.
 
     Another message that has come in its place meanwhile stays for the next run.
     """
-    from fcntl import LOCK_EX, flock
-
     entry = identity(path, follow=False)
     if identity(path) != which:
         return
-    stem, suffix = os.path.splitext(os.path.basename(path))
-    names = (f"{stem}{f'.{number}' if number else ''}{suffix}" for number in count())
+    stem, suffix = os.path.splitext(os.path.join(sent, os.path.basename(path)))
+    targets = (f"{stem}{f'.{number}' if number else ''}{suffix}" for number in count())
     folder = os.open(sent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # NFS locks no folder
-            flock(folder, LOCK_EX)  # lest two messages of one name find it free
-        target = next(target for name in names if not os.path.lexists(target := os.path.join(sent, name)))
+        lock(folder)  # lest two messages of one name find it free
+        target = next(target for target in targets if not os.path.lexists(target))
         os.rename(path, target)
         if identity(target, follow=False) != entry:  # it came after the look above
             os.rename(target, path)
@@ -2057,12 +2041,12 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
                 raise Error(f"{sent}: the messages are in this very folder", "name another one with --sent")
             os.close(os.open(sent, os.O_RDONLY))
             os.close(os.open(probe, os.O_CREAT, 0o600))
+            moved = os.path.join(sent, os.path.basename(probe))
             try:
-                os.rename(probe, os.path.join(sent, os.path.basename(probe)))
-            except OSError:
+                os.rename(probe, moved)
+                probe = moved
+            finally:
                 os.unlink(probe)
-                raise
-            os.unlink(os.path.join(sent, os.path.basename(probe)))
 
 
 # ----------------------------------------------------------------------------------------------------- program
@@ -2077,16 +2061,14 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     if not blank and not options.recipient:
         refuse_stray_recipients(body)
     envelope = read_envelope(fields, options.return_path, options.recipient)
-    names = ("From", "To", "Cc", "Bcc")
-    people = [f"{name}: {text}" for name in names for text in field_texts(fields, name.lower())]
+    people = [f"{name}: {text}" for name in ("From", "To", "Cc", "Bcc") for text in field_texts(fields, name.lower())]
     served = audience(envelope, accepted, options, keyring.remarks)
     from_address = author(fields, "from", "sender")
     everybody = [*served.recipients, *served.hidden, *options.archive] if options.encrypt else []
     signer, certificates = keyring.load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
     clear = options.sign and not options.opaque
-    protected = options.sign or options.encrypt
-    entity = make_entity(fields, body, clear=clear) if protected else CRLF + to_crlf(body)
+    entity = make_entity(fields, body, clear=clear) if options.sign or options.encrypt else CRLF + to_crlf(body)
     del body
     if options.protect_headers:
         entity, header = protect_headers(entity, header, hide=options.encrypt)
@@ -2142,7 +2124,7 @@ def plan_copies(
     The others' copy would give away a Bcc recipient, and older NSS opens nothing that has an elliptic curve key in it.
     """
     if not options.encrypt:
-        return [envelope] if envelope.recipients else []
+        return [envelope]
     groups = [envelope.recipients]
     if options.sends:
         kinds = {each: is_rsa(certificates[each]) for each in envelope.recipients}
@@ -2188,8 +2170,7 @@ class Worker:
             return Outcome(path, EXIT_TEMPORARY, {"error": reason}, [reason])
         sent = self.options.sent
         try:
-            hold: AbstractContextManager[list[int]] = locked(path, sent) if sent else nullcontext([])
-            with hold as which:
+            with locked(path, sent) if sent else nullcontext(list[int]()) as which:
                 outcome = self.deliver(path, which)
         except Elsewhere:
             return Outcome(path, None, {})
@@ -2210,18 +2191,21 @@ class Worker:
         message = prepare(path, had, self.options, self.keyring)
         if sent and identity(path) != which:
             raise TemporaryError(f"{path}: another message has come in its place", "the next run sends that")
-        total, troubles = Receipt((), {}, temporary=True), list[str]()
+        total, troubles, started = Receipt((), {}), list[str](), perf_counter()
         for content, envelope in message.copies:
-            total = total.plus(self.hand_over(content, envelope, gone=total.lost))
-            if sent and 0 < total.reached < message.wanted:
-                troubles += self.note(path, which, None if total.unknown else [*had, *total.accepted])
+            while envelope.recipients:
+                receipt = self.hand_over(content, envelope, gone=total.lost)
+                total, envelope = total.plus(receipt), envelope._replace(recipients=receipt.left)
+                if sent and 0 < total.reached < message.wanted:
+                    troubles += self.note(path, which, None if total.unknown else [*had, *total.accepted])
+        seconds = perf_counter() - started
         if sent and total.reached == message.wanted:
             try:
                 move_to(sent, path, which)
             except OSError as error:
                 troubles.append(f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}")
                 troubles += self.note(path, which, [*had, *total.accepted])
-        return self.conclude(path, message, total, troubles)
+        return self.conclude(path, message, total, troubles, seconds)
 
     def note(self, path: str, which: list[int], accepted: list[str] | None) -> list[str]:
         """Keep who has a message; what went wrong, if anything did, and then it is better to send no more."""
@@ -2229,29 +2213,27 @@ class Worker:
             write_note(path, which, accepted)
         except OSError as error:
             self.hopeless = "the outbox cannot be written"
-            failure = f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror}"
-            return [f"{failure} - the next run may send it again"]
+            return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
         return []
 
     def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
         """Deliver one copy, unless the server is gone."""
         if gone:
-            return Receipt((), dict.fromkeys(envelope.recipients, "not sent"), temporary=True, lost=True)
-        started, attempts, shut_out = perf_counter(), self.transport.attempts, 0
+            return Receipt((), dict.fromkeys(envelope.recipients, "not sent"), lost=True)
         try:
             receipt = self.transport.deliver(content, envelope)
         except Error as error:
-            shut_out = self.shut_out + 1 if isinstance(error, Unreachable) else 0
+            self.shut_out = self.shut_out + 1 if isinstance(error, Unreachable) else 0
             reasons = dict.fromkeys(envelope.recipients, error.text)
-            temporary, lost = error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
-            receipt = Receipt((), reasons, [str(error)], temporary=temporary, lost=lost)
-        self.shut_out = shut_out
-        return receipt._replace(seconds=perf_counter() - started, attempts=self.transport.attempts - attempts)
+            return Receipt((), reasons, [str(error)], error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost))
+        self.shut_out = 0
+        return receipt
 
-    def conclude(self, path: str, message: Prepared, total: Receipt, troubles: list[str]) -> Outcome:
+    def conclude(self, path: str, message: Prepared, total: Receipt, troubles: list[str], seconds: float) -> Outcome:
         """What to tell of a message whose copies became this, beside troubles with the outbox."""
         lines, self.transport.opened = self.transport.opened, []
-        if total.attempts:
+        attempts, self.transport.attempts = self.transport.attempts, 0
+        if attempts:
             lines += [f"Sending: {path}", *message.people]
         errors = [*total.lines, *troubles]
         missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.lines)]
@@ -2260,40 +2242,40 @@ class Worker:
         everybody = total.reached == message.wanted
         if lines and total.reached:
             some = "" if everybody else f" for {total.reached} of {message.wanted} recipients"
-            lines.append(f"OK{some} - in {total.seconds:.3f} seconds")
+            lines.append(f"OK{some} - in {seconds:.3f} seconds")
         code = EXIT_OK if everybody and not troubles else EXIT_FAILED
         if everybody or (total.temporary and not troubles and (self.options.sent or not total.reached)):
             code = code and EXIT_TEMPORARY
         record = {
             "message_id": message.identifier,
             "sender": message.sender,
-            "accepted": list(total.accepted),
-            "refused": dict(total.refused),
+            "accepted": total.accepted,
+            "refused": total.refused,
             "error": "; ".join(errors) or None,
             "id": total.identifier or None,
-            "seconds": round(total.seconds, 3),
-            "attempts": total.attempts,
+            "seconds": round(seconds, 3),
+            "attempts": attempts,
         }
         return Outcome(path, code, record, lines=lines, errors=errors)
 
 
 def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
     """What becomes of the message files, one after the other; until halted."""
-    if min(jobs, len(files)) < 2:
-        for path in files:
-            if halted():
-                break
-            yield worker.process(path)
-        with suppress(KeyboardInterrupt):  # all is told
-            worker.transport.close()
-    else:
-        yield from share_out(worker, files, jobs, halted)
+    taken = (yield from share_out(worker, files, jobs, halted)) if min(jobs, len(files)) > 1 else 0
+    for path in files[taken:]:
+        if halted():
+            break
+        yield worker.process(path)
+    with suppress(KeyboardInterrupt):  # all is told
+        worker.transport.close()
 
 
-def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
+def share_out(
+    worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]
+) -> Generator[Outcome, None, int]:
     """What becomes of the files, in the hands of so many processes, which each take the next when they have done one.
 
-    Processes, because the interpreter's lock would let threads wait for each other.
+    Processes, because the interpreter's lock would let threads wait for each other. Returns how many were taken.
     """
     from multiprocessing.connection import wait
 
@@ -2314,14 +2296,12 @@ def share_out(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[
         left += os.read(numbers, NUMBER * len(files))
         worker.hopeless = worker.hopeless or "no process is left"
         taken = len(files) - len(left) // NUMBER
-        for number in sorted(untold):
-            if number < taken:
-                text = "its process was killed; the message may have been sent"
-                yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
-            elif not halted():
-                yield worker.process(files[number])
+        for number in sorted(untold.intersection(range(taken))):
+            text = "its process was killed; the message may have been sent"
+            yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
         for process in processes.values():
             process.join()
+        return taken
     finally:
         for process in processes.values():
             process.kill()
@@ -2464,8 +2444,15 @@ def write_all(descriptor: int, data: bytes) -> None:
     """Write without a buffer, for that would be flushed once more after a signal. Raises OSError."""
     rest = memoryview(data)
     while rest:  # a full disk may take a part
-        select([], [descriptor], [])  # lest it be one that does not wait
+        ready(descriptor, POLLOUT)  # lest it be one that does not wait
         rest = rest[os.write(descriptor, rest) :]
+
+
+def ready(descriptor: int, event: int, patience: int | None = None) -> bool:
+    """Whether it can be read or written, after so many milliseconds at most; select would take no number over 1023."""
+    waiting = poll()
+    waiting.register(descriptor, event)
+    return bool(waiting.poll(patience))
 
 
 def complain(line: str) -> None:

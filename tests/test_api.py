@@ -472,7 +472,7 @@ def test_the_proxy_of_the_environment_is_used_and_never_sees_the_key(send: Send,
 
 
 @pytest.mark.parametrize(
-    "proxy", ["http:junk", "http://user:hunter2@localhost:port", "http://user:hunter2@localhost:1"]
+    "proxy", ["http://", "http:junk", "http://user:hunter2@localhost:port", "http://user:hunter2@localhost:1"]
 )
 def test_a_bad_proxy_is_a_clear_error(proxy: str, send: Send, api: StandIn) -> None:
     done = send(HTTPS_PROXY=proxy)

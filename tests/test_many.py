@@ -323,6 +323,18 @@ def test_a_report_that_is_written_in_part_is_told(serve: Serve, folder: Path) ->
     assert done.stderr == b"sparkpostSMIME.py: report: File too large - the report is not complete\n"
 
 
+def test_open_files_without_number_do_no_harm(serve: Serve, folder: Path) -> None:
+    letters(folder / "out", 2)
+    server = serve()
+    command = f"""
+ulimit -n 2000
+for number in {{3..1100}}; do eval "exec $number</dev/null"; done
+exec "{sys.executable}" "{SCRIPT}" out --send_smtp --report report"""
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr, taken(server)) == (0, b"", ["00001", "00002"])
+    assert len((folder / "report").read_text().splitlines()) == 2
+
+
 def test_the_report_names_a_message_for_which_there_was_no_connection(run: Run, folder: Path) -> None:
     letters(folder / "out", 1, Message_ID="<n{}@thetucks.com>")
     variables = dict(SMTP_HOST="localhost", SMTP_PORT=str(free_port()))
@@ -705,15 +717,27 @@ def test_a_key_that_the_api_refuses_is_tried_for_three_messages_only(send_many: 
     assert b"the rest is not tried" in done.stderr
 
 
-def test_large_messages_that_the_api_breaks_off_do_not_keep_the_others_back(run: Run, folder: Path) -> None:
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+def test_large_messages_that_the_api_breaks_off_do_not_keep_the_others_back(
+    secure: bool, run: Run, folder: Path
+) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
     for path in letters(folder / "out", 8)[:4]:
         path.write_bytes(path.read_bytes() + b"A line of text.\r\n" * 400_000)
-    with StandIn() as api:
+    with StandIn(ca.issue_cert("localhost") if secure else None) as api:
         api.RequestHandlerClass = Narrow
-        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url, SSL_CERT_FILE="ca.pem")
         done = run("out", "--send_api", **variables)
     assert [token(request.message) for request in api.requests] == [f"{number:05}" for number in range(5, 9)]
     assert len(done.stderr.splitlines()) == 4
+
+
+def test_an_api_that_ends_every_handshake_is_tried_for_three_messages_only(send_many: SendMany, api: StandIn) -> None:
+    api.deaf = True
+    done = send_many(12, Kept)
+    assert (done.returncode, api.connections) == (75, 3)
+    assert b"the rest is not tried" in done.stderr
 
 
 def test_the_rest_of_a_reply_answers_no_other_request(api: StandIn, folder: Path) -> None:

@@ -377,6 +377,31 @@ def test_who_has_a_message_from_the_api_gets_it_no_second_time(
     assert done[: len(codes)] == codes
 
 
+def test_an_address_within_a_refused_one_is_not_refused(run: Run, out: Path) -> None:
+    (out / "a.eml").write_bytes(mail(To=f"{BOB}, jim{BOB}, {CAROL}"))
+    with StandIn() as api:
+        api.answers = [
+            reply(200, {"results": results(1, 2, ERROR | {"description": f"<jim{BOB}>"}, ERROR)}),
+            accepted(3),
+        ]
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        done = [run("out", "--send_api", "--sent", "sent", **variables) for _ in range(2)]
+    assert ([each.returncode for each in done], len(api.requests)) == ([1, 1], 1)
+    assert b"did not say which" in done[1].stderr
+
+
+def test_who_holds_the_lock_of_the_folder_for_what_is_sent_keeps_nothing_back(
+    run: Run, serve: Serve, out: Path
+) -> None:
+    server, sent = serve(), out.parent / "sent"
+    letters(out, 1)
+    folder = os.open(sent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as flock(1) does for who runs the program under it
+    done = run(*SEND, **to(server))
+    os.close(folder)
+    assert (done.returncode, done.stderr, names(sent.iterdir())) == (0, b"", ["00001"])
+
+
 def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, out: Path) -> None:
     server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number == 3)}, "PIPELINING")
     (out / "a.eml").write_bytes(TO_THREE)
