@@ -31,10 +31,14 @@ Modules that only one way of sending needs are imported where it begins.
 import os
 import sys
 
+if sys.version_info < (3, 10):  # noqa: UP036, to say so in one line
+    raise SystemExit("sparkpostSMIME.py: this needs Python 3.10 or later")
+
 HELP = """\
 usage: sparkpostSMIME.py [options] FILE.eml [FILE.eml ...]
 
 Sign and encrypt an e-mail message with S/MIME, then print it, or inject it by SMTP or the SparkPost API.
+Without --sign and --encrypt it stays as it is.
 
   FILE.eml               The message to send; - reads it from standard input, and a folder stands for its *.eml files.
   --sign                 Sign with the private key in ADDRESS.pem (or .p12, .pfx), where ADDRESS is the one in From;
@@ -102,6 +106,7 @@ from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.message import Message
 from email.utils import formatdate, make_msgid, parsedate_to_datetime
+from errno import EWOULDBLOCK
 from functools import cache, lru_cache, partial
 from ipaddress import ip_address
 from itertools import count
@@ -383,8 +388,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         parser.error("--protect_headers needs a signature or encryption: add --sign or --encrypt")
     if options.archive and not options.encrypt:
         parser.error("--archive is about encrypted messages: add --encrypt")
-    if "" in (options.ca_file, options.sent, options.report):
-        parser.error("--ca_file, --sent and --report need a name: is a variable of your shell empty?")
+    if "" in (options.ca_file, options.env_file, options.sent, options.report):
+        parser.error("--ca_file, --env_file, --sent and --report need a name: is a variable of your shell empty?")
     if options.jobs < 1:
         parser.error("--jobs must be 1 or more")
     if options.sent and (not options.sends or "-" in options.files):
@@ -1021,9 +1026,15 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
 
     def changed(field: bytes) -> bytes:
-        kind = without_comments(field.decode("latin-1")).partition(";")[0].encode("latin-1")  # in one, it ends nothing
-        others = re.sub(old, lambda match: match[1] or b"", field[len(kind) :])
-        return b" ".join(kind.split()) + parameter + others.rstrip(b"; \t\r\n")  # first, where nothing odd can hide it
+        bare = without_comments(field.decode("latin-1")).encode("latin-1")  # each byte is where it was
+        kind = bare.partition(b";")[0]
+        kept, end = [], len(kind)
+        for match in re.compile(old).finditer(bare, end):
+            if not match[1]:
+                kept.append(field[end : match.start()])
+                end = match.end()
+        others = b"".join([*kept, field[end:]]).rstrip(b"; \t\r\n")
+        return b" ".join(kind.split()) + parameter + others  # first, where nothing odd can hide it
 
     return [changed(field) if field_name(field) == "content-type" else field for field in fields]
 
@@ -1828,8 +1839,8 @@ class Api:
             if accepted == len(recipients):
                 return Receipt(recipients, {}, answers, identifier=identifier)
             lost = [f"{len(recipients) - accepted} of {len(recipients)} recipients were not accepted"]
-            named = {address: line for line in answers for address in re.findall(r"[^\s<>,;:'\"()]+", line.lower())}
-            refused = {each: named[same_address(each)] for each in recipients if same_address(each) in named}
+            words = {word.strip("'.[]"): line for line in answers for word in re.split(r'[\s<>,;:"()]+', line.lower())}
+            refused = {each: words[same_address(each)] for each in recipients if same_address(each) in words}
             if len(refused) != len(recipients) - accepted:  # nobody knows who has the message
                 refused = dict.fromkeys(recipients, (answers or lost)[0])
             has = tuple(each for each in recipients if each not in refused)
@@ -1982,15 +1993,17 @@ def identity(file: str | int, *, follow: bool = True) -> list[int]:
 
 
 def lock(folder: int) -> None:
-    """Lock a folder, but wait two seconds at most: NFS locks none, and whoever started this run may hold the lock."""
+    """Lock a folder, unless it is on NFS, which locks none. Raises BlockingIOError after two seconds."""
     from fcntl import LOCK_EX, LOCK_NB, flock
 
-    with suppress(OSError):
-        for _ in range(200):
-            with suppress(BlockingIOError):
-                flock(folder, LOCK_EX | LOCK_NB)
-                break
+    for _ in range(200):
+        try:
+            return flock(folder, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
             sleep(0.01)
+        except OSError:
+            return None
+    raise BlockingIOError(EWOULDBLOCK, "another program holds a lock on it, perhaps the one that started this")
 
 
 def move_to(sent: str, path: str, which: list[int]) -> None:
@@ -2197,14 +2210,15 @@ class Worker:
                 receipt = self.hand_over(content, envelope, gone=total.lost)
                 total, envelope = total.plus(receipt), envelope._replace(recipients=receipt.left)
                 if sent and 0 < total.reached < message.wanted:
-                    troubles += self.note(path, which, None if total.unknown else [*had, *total.accepted])
+                    troubles = self.note(path, which, None if total.unknown else [*had, *total.accepted])
         seconds = perf_counter() - started
         if sent and total.reached == message.wanted:
             try:
                 move_to(sent, path, which)
+                troubles, self.hopeless = [], ""  # what could not be noted is of no use now
             except OSError as error:
-                troubles.append(f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}")
-                troubles += self.note(path, which, [*had, *total.accepted])
+                failure = f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}"
+                troubles = [failure, *self.note(path, which, [*had, *total.accepted])]
         return self.conclude(path, message, total, troubles, seconds)
 
     def note(self, path: str, which: list[int], accepted: list[str] | None) -> list[str]:

@@ -377,29 +377,55 @@ def test_who_has_a_message_from_the_api_gets_it_no_second_time(
     assert done[: len(codes)] == codes
 
 
-def test_an_address_within_a_refused_one_is_not_refused(run: Run, out: Path) -> None:
-    (out / "a.eml").write_bytes(mail(To=f"{BOB}, jim{BOB}, {CAROL}"))
+@pytest.mark.parametrize("other", ["jim", "o'", "x."])
+def test_an_address_within_a_refused_one_is_not_refused(other: str, run: Run, out: Path) -> None:
+    (out / "a.eml").write_bytes(mail(To=f"{BOB}, {other}{BOB}, {CAROL}"))
     with StandIn() as api:
-        api.answers = [
-            reply(200, {"results": results(1, 2, ERROR | {"description": f"<jim{BOB}>"}, ERROR)}),
-            accepted(3),
-        ]
+        error = ERROR | {"description": f"<{other}{BOB}>"}
+        api.answers = [reply(200, {"results": results(1, 2, error, ERROR)}), accepted(3)]
         variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
         done = [run("out", "--send_api", "--sent", "sent", **variables) for _ in range(2)]
     assert ([each.returncode for each in done], len(api.requests)) == ([1, 1], 1)
     assert b"did not say which" in done[1].stderr
 
 
-def test_who_holds_the_lock_of_the_folder_for_what_is_sent_keeps_nothing_back(
-    run: Run, serve: Serve, out: Path
-) -> None:
+@pytest.mark.parametrize("form", ["{}", "'{}'", "[{}]", "it is {}."])
+def test_a_refused_address_is_found_in_what_the_api_says(form: str, run: Run, out: Path) -> None:
+    (out / "a.eml").write_bytes(mail(To=f"{BOB}, {CAROL}"))
+    with StandIn() as api:
+        error = ERROR | {"description": form.format(CAROL.upper())}
+        api.answers = [reply(200, {"results": results(1, 1, error)}), accepted(1)]
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        done = [run("out", "--send_api", "--sent", "sent", **variables).returncode for _ in range(2)]
+    assert (done, [request.recipients for request in api.requests]) == ([1, 0], [[BOB, CAROL], [CAROL]])
+
+
+def test_a_lock_on_the_folder_for_what_is_sent_is_told_and_costs_nothing(run: Run, serve: Serve, out: Path) -> None:
     server, sent = serve(), out.parent / "sent"
     letters(out, 1)
     folder = os.open(sent, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as flock(1) does for who runs the program under it
     done = run(*SEND, **to(server))
     os.close(folder)
-    assert (done.returncode, done.stderr, names(sent.iterdir())) == (0, b"", ["00001"])
+    assert (done.returncode, list(sent.iterdir())) == (75, [])
+    assert b"00001.eml: sent, but not moved to sent: another program holds a lock on it" in done.stderr
+    done = run(*SEND, **to(server))
+    assert (done.returncode, names(sent.iterdir()), len(server.mails)) == (0, ["00001"], 1)
+
+
+def test_what_could_not_be_noted_is_no_failure_once_everybody_has_the_message(serve: Serve, out: Path) -> None:
+    server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number in (3, 7))})
+    for name in "ab":
+        (out / f"{name}.eml").write_bytes(TO_THREE)
+    full = """
+def full(descriptor):
+    raise OSError(28, "No space left on device")
+program.os.fsync = full
+"""
+    words = [*patched(full), *SEND]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr, content_of(out)) == (0, b"", {})
+    assert recipients(server) == [[STEVET, BOB], [CAROL]] * 2
 
 
 def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, out: Path) -> None:

@@ -289,7 +289,7 @@ def test_quiet_does_not_silence_a_skipped_check(flag: str, desk: Desk) -> None:
     passed(done, day(-100), MALLORY, "extended key usage", "1024", "no valid chain")
 
 
-@pytest.mark.parametrize("option", ["--ca_file", "--sent", "--report"])
+@pytest.mark.parametrize("option", ["--ca_file", "--env_file", "--sent", "--report"])
 def test_an_empty_name_is_not_no_name(option: str, run: Run, folder: Path) -> None:
     (folder / "a.eml").write_bytes(mail())
     variables = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(free_port())}
@@ -396,6 +396,20 @@ def test_what_parentheses_hold_in_a_parameter_stays(parameter: str, run: Run) ->
     done = run("-", SIGN, "--protect_headers", data=mail(Content_Type=f"text/plain (a (; b)); {parameter}"))
     assert (done.returncode, done.stderr) == (0, b"")
     assert f'Content-Type: text/plain;\r\n\thp="clear"; {parameter}\r\n'.encode() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ('multipart/mixed; type="a" (was; hp=1); boundary="b"', '; type="a" (was; hp=1); boundary="b"'),
+        ('text/plain; (c) hp-legacy-display="1"', ""),
+        ('text/plain; (c) hp="cipher"; name=a', "; name=a"),
+    ],
+)
+def test_comments_neither_hide_nor_end_a_parameter(kind: str, left: str, run: Run) -> None:
+    done = run("-", SIGN, "--protect_headers", data=mail(b"--b--\r\n", Content_Type=kind))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f'hp="clear"{left}\r\n'.encode() in done.stdout
 
 
 def test_parts_between_boundaries_with_parentheses_stay(run: Run) -> None:
