@@ -1033,8 +1033,9 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
             if not match[1]:
                 kept.append(field[end : match.start()])
                 end = match.end()
-        others = b"".join([*kept, field[end:]]).rstrip(b"; \t\r\n")
-        return b" ".join(kind.split()) + parameter + others  # first, where nothing odd can hide it
+        others = b"".join([*kept, field[end:]]).removeprefix(b";").rstrip(b"; \t\r\n")
+        first = b" ".join(kind.split()) + parameter  # where nothing odd can hide it
+        return first + b";" + others if others else first
 
     return [changed(field) if field_name(field) == "content-type" else field for field in fields]
 

@@ -404,6 +404,7 @@ def test_what_parentheses_hold_in_a_parameter_stays(parameter: str, run: Run) ->
         ('multipart/mixed; type="a" (was; hp=1); boundary="b"', '; type="a" (was; hp=1); boundary="b"'),
         ('text/plain; (c) hp-legacy-display="1"', ""),
         ('text/plain; (c) hp="cipher"; name=a', "; name=a"),
+        ('text/plain; hp="cipher" name=a', "; name=a"),
     ],
 )
 def test_comments_neither_hide_nor_end_a_parameter(kind: str, left: str, run: Run) -> None:
