@@ -1148,7 +1148,7 @@ class Keyring:
             issuers = [issuer for subject, issuer in names.values() if issuer != subject]
             own = [each for each, (subject, issuer) in names.items() if subject not in issuers]
             leaves = [each for each in own if len({*names[each]}) > 1 and not is_authority(each)]
-            own = leaves or [each for each in own if len({*names[each]}) == 1]  # beside a leaf, a root
+            own = leaves or [each for each in own if len({*names[each]}) == 1]  # a root counts where no leaf is
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 

@@ -347,6 +347,17 @@ def test_a_damaged_note_loses_no_message(note: str, run: Run, serve: Serve, out:
         assert (out / "a.eml").read_bytes() == TO_THREE
 
 
+def twice_by_api(
+    run: Run, answers: list[bytes | None], *options: str
+) -> tuple[list[subprocess.CompletedProcess[bytes]], list[list[str]]]:
+    """Two runs on the outbox, by an API that gives these answers in turn, and the recipients of each request."""
+    with StandIn() as api:
+        api.answers = answers
+        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
+        done = [run("out", "--send_api", "--sent", "sent", *options, **variables) for _ in range(2)]
+    return done, [request.recipients for request in api.requests]
+
+
 @pytest.mark.parametrize(
     ("answers", "options", "codes", "groups"),
     [
@@ -369,35 +380,26 @@ def test_who_has_a_message_from_the_api_gets_it_no_second_time(
     out: Path,
 ) -> None:
     (out / "a.eml").write_bytes(TO_THREE)
-    with StandIn() as api:
-        api.answers = answers
-        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
-        done = [run("out", "--send_api", "--sent", "sent", *options, **variables).returncode for _ in range(2)]
-    assert [request.recipients for request in api.requests] == groups
-    assert done[: len(codes)] == codes
+    done, reached = twice_by_api(run, answers, *options)
+    assert reached == groups
+    assert [each.returncode for each in done][: len(codes)] == codes
 
 
 @pytest.mark.parametrize("other", ["jim", "o'", "x."])
 def test_an_address_within_a_refused_one_is_not_refused(other: str, run: Run, out: Path) -> None:
     (out / "a.eml").write_bytes(mail(To=f"{BOB}, {other}{BOB}, {CAROL}"))
-    with StandIn() as api:
-        error = ERROR | {"description": f"<{other}{BOB}>"}
-        api.answers = [reply(200, {"results": results(1, 2, error, ERROR)}), accepted(3)]
-        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
-        done = [run("out", "--send_api", "--sent", "sent", **variables) for _ in range(2)]
-    assert ([each.returncode for each in done], len(api.requests)) == ([1, 1], 1)
+    error = ERROR | {"description": f"<{other}{BOB}>"}
+    done, reached = twice_by_api(run, [reply(200, {"results": results(1, 2, error, ERROR)}), accepted(3)])
+    assert ([each.returncode for each in done], len(reached)) == ([1, 1], 1)
     assert b"did not say which" in done[1].stderr
 
 
 @pytest.mark.parametrize("form", ["{}", "'{}'", "[{}]", "it is {}."])
 def test_a_refused_address_is_found_in_what_the_api_says(form: str, run: Run, out: Path) -> None:
     (out / "a.eml").write_bytes(mail(To=f"{BOB}, {CAROL}"))
-    with StandIn() as api:
-        error = ERROR | {"description": form.format(CAROL.upper())}
-        api.answers = [reply(200, {"results": results(1, 1, error)}), accepted(1)]
-        variables = dict(SPARKPOST_API_KEY=API_KEY, SPARKPOST_HOST=api.url)
-        done = [run("out", "--send_api", "--sent", "sent", **variables).returncode for _ in range(2)]
-    assert (done, [request.recipients for request in api.requests]) == ([1, 0], [[BOB, CAROL], [CAROL]])
+    error = ERROR | {"description": form.format(CAROL.upper())}
+    done, reached = twice_by_api(run, [reply(200, {"results": results(1, 1, error)}), accepted(1)])
+    assert ([each.returncode for each in done], reached) == ([1, 0], [[BOB, CAROL], [CAROL]])
 
 
 def test_a_lock_on_the_folder_for_what_is_sent_is_told_and_costs_nothing(run: Run, serve: Serve, out: Path) -> None:
