@@ -594,7 +594,7 @@ def author(fields: Sequence[bytes], *names: str) -> str:
     Several authors in From need a Sender (RFC 5322 section 3.6.2).
     """
     if not addresses(fields, "from"):
-        raise Error("the message has no sender", "name one in a From field")
+        raise Error("the message has no sender", "name one in a From field, above the first blank line")
     for name in names:
         found = addresses(fields, name)
         if len(found) == 1:
@@ -652,7 +652,8 @@ def parse_mailbox(mailbox: str, name: str) -> str:
 
 
 def unreadable(text: str, name: str) -> Error:
-    return Error(f"the {name} field holds an address that cannot be read: {text[:80]!r}", "write Name <user@domain>")
+    where = name if name.startswith("--") else f"the {name} field"
+    return Error(f"{where} holds an address that cannot be read: {text[:80]!r}", "write Name <user@domain>")
 
 
 def wire_address(address: str) -> str:
@@ -1208,8 +1209,10 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
-    for path in filter(os.path.exists, paths):
-        return path
+    for path in paths:
+        with system_errors(path), suppress(FileNotFoundError):
+            os.stat(path)
+            return path
     raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
 
 
@@ -1737,9 +1740,10 @@ def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[
             codes = [code for code, _ in error.recipients.values()]
         elif isinstance(error, smtplib.SMTPResponseException):
             codes = [error.smtp_code]
+        elif isinstance(error, smtplib.SMTPException) and not isinstance(error, smtplib.SMTPServerDisconnected):
+            raise final(reason, "this port takes no such login: use another, or leave SMTP_USER unset") from None
         else:
-            lost = isinstance(error, smtplib.SMTPServerDisconnected) or not isinstance(error, smtplib.SMTPException)
-            raise (gone if lost and isinstance(error, OSError) else final)(reason, cure) from None
+            raise (gone if isinstance(error, OSError) else final)(reason, cure) from None
         kind = temporary if all(400 <= code < 500 for code in codes) else final
         raise (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="") from None
 

@@ -466,6 +466,13 @@ def test_a_key_open_to_others_is_refused_with_the_cure(
     entity(run("-", "--sign", "--keys", keys, data=mail()))
 
 
+@pytest.mark.parametrize("flag", ["--sign", "--encrypt"])
+def test_a_key_folder_that_cannot_be_looked_into_is_not_told_as_a_missing_file(flag: str, run: Run) -> None:
+    line = refused(run("-", flag, "--keys", PEM, data=mail()), PEM)
+    assert "Not a directory" in line
+    assert "not found" not in line
+
+
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
 def test_an_encrypted_key_needs_its_passphrase_and_another_ignores_it(
     form: PrivateFormat, run: Run, folder: Path, authority: Authority

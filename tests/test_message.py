@@ -182,7 +182,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [("the to field", {"To": to, "Cc": S
 BAD_SENDERS = ["Steve", "a\0@x.org", f"{STEVE}, {BOB}", f"{BOB}\r\nFrom: {STEVE}"]
 REFUSED += [("no recipient", {"To": to, "Resent_To": BOB}) for to in (None, "undisclosed-recipients:;", ",(a@x.org)")]
 REFUSED += [("the from field", {"From_": sender}) for sender in BAD_SENDERS]
-REFUSED += [("no sender", {"From_": None}), ("no sender", {"From_": "G:;"}), ("the sender field", {"Sender": "Steve"})]
+REFUSED += [
+    ("no sender", {"From_": None}),
+    ("first blank line", {"From_": None}),
+    ("no sender", {"From_": "G:;"}),
+    ("the sender field", {"Sender": "Steve"}),
+]
 
 
 @pytest.mark.parametrize(("header", "expected"), LISTS.items())

@@ -134,6 +134,14 @@ def test_password_is_shown_as_forty_stars(length: int, send: Send, serve: Serve)
     assert outcome.code == 0
 
 
+def test_login_that_the_server_does_not_offer_is_told_with_its_cure(send: Send, serve: Serve) -> None:
+    server = serve()
+    outcome = send(server, SMTP_USER="me", SMTP_PASSWORD="secret")
+    assert (outcome.code, outcome.out, server.mails, len(outcome.err.splitlines())) == (1, "", [], 1)
+    assert "SMTP_USER" in outcome.err
+    assert "running" not in outcome.err
+
+
 @pytest.mark.parametrize(
     ("host", "off"),
     [
