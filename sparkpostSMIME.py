@@ -1970,8 +1970,8 @@ def read_note(path: str, which: list[int]) -> list[str]:
     return []
 
 
-def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
-    """Keep who has this message, None where that is unknown, through crashes and power cuts. Raises OSError."""
+def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[str]:
+    """Keep who has this message, None where that is unknown, through crashes and power cuts; tell what went wrong."""
     import json
 
     new = f"{path}.noting"  # shorter than the note's own name, which was tried before anything was sent
@@ -1981,12 +1981,15 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, f"{path}.accepted")
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return []
+    except OSError as error:
+        return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
     finally:
         with suppress(OSError):  # there is none where all went well
             os.unlink(new)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def identity(file: str | int, *, follow: bool = True) -> list[int]:
@@ -2209,31 +2212,24 @@ class Worker:
         message = prepare(path, had, self.options, self.keyring)
         if sent and identity(path) != which:
             raise TemporaryError(f"{path}: another message has come in its place", "the next run sends that")
-        total, troubles, started = Receipt((), {}), list[str](), perf_counter()
+        total, unmoved, unnoted, started = Receipt((), {}), list[str](), list[str](), perf_counter()
         for content, envelope in message.copies:
             while envelope.recipients:
                 receipt = self.hand_over(content, envelope, gone=total.lost)
                 total, envelope = total.plus(receipt), envelope._replace(recipients=receipt.left)
                 if sent and 0 < total.reached < message.wanted:
-                    troubles = self.note(path, which, None if total.unknown else [*had, *total.accepted])
+                    unnoted = write_note(path, which, None if total.unknown else [*had, *total.accepted])
         seconds = perf_counter() - started
         if sent and total.reached == message.wanted:
             try:
                 move_to(sent, path, which)
-                troubles, self.hopeless = [], ""  # what could not be noted is of no use now
+                unnoted = []  # a note is of no use now
             except OSError as error:
-                failure = f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}"
-                troubles = [failure, *self.note(path, which, [*had, *total.accepted])]
-        return self.conclude(path, message, total, troubles, seconds)
-
-    def note(self, path: str, which: list[int], accepted: list[str] | None) -> list[str]:
-        """Keep who has a message; what went wrong, if anything did, and then it is better to send no more."""
-        try:
-            write_note(path, which, accepted)
-        except OSError as error:
+                unmoved = [f"{PROGRAM}: {path}: sent, but not moved to {sent}: {error.strerror}"]
+                unnoted = write_note(path, which, [*had, *total.accepted])
+        if unnoted:  # better send no more
             self.hopeless = "the outbox cannot be written"
-            return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
-        return []
+        return self.conclude(path, message, total, [*unmoved, *unnoted], seconds)
 
     def hand_over(self, content: bytes, envelope: Envelope, *, gone: bool) -> Receipt:
         """Deliver one copy, unless the server is gone."""
