@@ -2258,9 +2258,11 @@ class Worker:
         if lines and total.reached:
             some = "" if everybody else f" for {total.reached} of {message.wanted} recipients"
             lines.append(f"OK{some} - in {seconds:.3f} seconds")
-        code = EXIT_OK if everybody and not troubles else EXIT_FAILED
-        if everybody or (total.temporary and not troubles and (self.options.sent or not total.reached)):
-            code = code and EXIT_TEMPORARY
+        if everybody:
+            code = EXIT_TEMPORARY if troubles else EXIT_OK
+        else:  # to send it again is good where nobody gets it twice
+            again = total.temporary and not troubles and (self.options.sent or not total.reached)
+            code = EXIT_TEMPORARY if again else EXIT_FAILED
         record = {
             "message_id": message.identifier,
             "sender": message.sender,
