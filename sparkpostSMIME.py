@@ -1376,7 +1376,7 @@ def encrypt(entity: bytes, certificates: Certificates, *, gcm: bool, oaep: bool,
     try:
         if gcm or oaep or not all(map(is_rsa, recipients)):
             kind = f"mime; smime-type={'authEnveloped' if gcm else 'enveloped'}-data"
-            return cms_entity(kind, envelope(entity, recipients, gcm=gcm, oaep=oaep), before)
+            return cms_entity(kind, enveloped_data(entity, recipients, gcm=gcm, oaep=oaep), before)
         builder = pkcs7.PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
         for certificate in recipients:
             builder = builder.add_recipient(certificate)
@@ -1396,7 +1396,7 @@ def cms_entity(kind: str, der: bytes, before: bytes = b"", *, name: str = "smime
 # ------------------------------------------------------------- CMS in DER, where the PKCS7 builders cannot make it
 
 
-def envelope(content: bytes, certificates: Certificates, *, gcm: bool, oaep: bool) -> bytes:
+def enveloped_data(content: bytes, certificates: Certificates, *, gcm: bool, oaep: bool) -> bytes:
     """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -1414,9 +1414,9 @@ def envelope(content: bytes, certificates: Certificates, *, gcm: bool, oaep: boo
         algorithm = sequence(oid("2.16.840.1.101.3.4.1.42"), octets(nonce))
     infos = sorted(recipient_info(each, key, oaep=oaep) for each in certificates)  # a SET OF, X.690 section 11.6
     version = 0 if gcm or all(info[0] == 0x30 for info in infos) else 2
-    sealed = sequence(oid("1.2.840.113549.1.7.1"), algorithm, element(0x80, sealed))
+    content_info = sequence(oid("1.2.840.113549.1.7.1"), algorithm, element(0x80, sealed))
     kind = "1.2.840.113549.1.9.16.1.23" if gcm else "1.2.840.113549.1.7.3"
-    return sequence(oid(kind), element(0xA0, sequence(integer(version), element(0x31, *infos), sealed, tag)))
+    return sequence(oid(kind), element(0xA0, sequence(integer(version), element(0x31, *infos), content_info, tag)))
 
 
 def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> bytes:
@@ -1433,24 +1433,24 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
         if oaep:
             algorithm = sequence(oid("1.2.840.113549.1.1.7"), sequence(element(0xA0, sha256), element(0xA1, mgf1)))
             scheme = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
-        return sequence(integer(0), named(certificate), algorithm, octets(public.encrypt(key, scheme)))
+        return sequence(integer(0), issuer_and_serial(certificate), algorithm, octets(public.encrypt(key, scheme)))
     if not isinstance(public, ec.EllipticCurvePublicKey):
         raise ValueError
     ephemeral = ec.generate_private_key(public.curve)
     originator = ephemeral.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    wrap = sequence(oid("2.16.840.1.101.3.4.1.45"))
-    shared = sequence(wrap, element(0xA2, octets((8 * len(key)).to_bytes(4, "big"))))
+    key_wrap = sequence(oid("2.16.840.1.101.3.4.1.45"))
+    shared = sequence(key_wrap, element(0xA2, octets((8 * len(key)).to_bytes(4, "big"))))
     wrapping_key = X963KDF(SHA256(), len(key), shared).derive(ephemeral.exchange(ec.ECDH(), public))
     return element(
         0xA1,
         integer(3),
         element(0xA0, b"\xa1" + originator[1:]),  # [1] IMPLICIT in place of SEQUENCE
-        sequence(oid("1.3.132.1.11.1"), wrap),
-        sequence(sequence(named(certificate), octets(aes_key_wrap(wrapping_key, key)))),
+        sequence(oid("1.3.132.1.11.1"), key_wrap),
+        sequence(sequence(issuer_and_serial(certificate), octets(aes_key_wrap(wrapping_key, key)))),
     )
 
 
-def named(certificate: x509.Certificate) -> bytes:
+def issuer_and_serial(certificate: x509.Certificate) -> bytes:
     """IssuerAndSerialNumber (RFC 5652 section 10.2.4)."""
     serial, _, issuer = raw_fields(certificate)[:3]
     return sequence(issuer, serial)
@@ -1844,8 +1844,8 @@ class Api:
             if accepted == len(recipients):
                 return Receipt(recipients, {}, answers, identifier=identifier)
             lost = [f"{len(recipients) - accepted} of {len(recipients)} recipients were not accepted"]
-            words = {word.strip("'.[]"): line for line in answers for word in re.split(r'[\s<>,;:"()]+', line.lower())}
-            refused = {each: words[same_address(each)] for each in recipients if same_address(each) in words}
+            about = {word.strip("'.[]"): line for line in answers for word in re.split(r'[\s<>,;:"()]+', line.lower())}
+            refused = {each: about[same_address(each)] for each in recipients if same_address(each) in about}
             if len(refused) != len(recipients) - accepted:  # nobody knows who has the message
                 refused = dict.fromkeys(recipients, (answers or lost)[0])
             has = tuple(each for each in recipients if each not in refused)
@@ -2103,8 +2103,8 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     copies = []
     for copy in plan_copies(served, certificates, options, keyring.remarks):
         if options.encrypt:
-            keys = [certificates[address] for address in (*copy.recipients, *options.archive)]
-            content = encrypt(entity, keys, gcm=options.cipher == "aes256-gcm", oaep=strong, before=head)
+            readers = [certificates[address] for address in (*copy.recipients, *options.archive)]
+            content = encrypt(entity, readers, gcm=options.cipher == "aes256-gcm", oaep=strong, before=head)
         else:
             content = head + entity
         copies.append((content if options.sends or line_end == CRLF else content.replace(CRLF, line_end), copy))

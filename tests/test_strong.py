@@ -358,7 +358,7 @@ def test_the_default_never_touches_the_der_writer(to: str, arguments: tuple[str,
     sections = re.split(r"(?m)^# -{20,} (.*)$", SCRIPT.read_text())
     writer = dict(zip(sections[1::2], sections[2::2], strict=True))
     names = re.findall(r"(?m)^def (\w+)", "".join(text for title, text in writer.items() if "DER" in title))
-    assert "envelope" in names
+    assert "enveloped_data" in names
     patch = "def broken(*values, **named):\n    raise program.Error('the DER writer')\n"
     patch += "".join(f"assert callable(program.{name}); program.{name} = broken\n" for name in names)
     words = [*patched(patch), "-", "--sign", "--encrypt"]
