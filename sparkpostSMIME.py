@@ -298,7 +298,7 @@ class Signer(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What became of one copy of a message: who has it, why others have not, and the lines that tell it.
+    """What became of one copy of a message: who has it, why others have not, and the lines that tell of those.
 
     `unknown` recipients have it too, but the API does not say which of the refused they are. `temporary` tells that
     every refusal may be gone later, `lost` that the server is gone. Those `left` were too many for one transaction
@@ -307,7 +307,7 @@ class Receipt(NamedTuple):
 
     accepted: tuple[str, ...]
     refused: Mapping[str, str]
-    lines: Sequence[str] = ()
+    errors: Sequence[str] = ()
     temporary: bool = True
     lost: bool = False
     unknown: int = 0
@@ -322,13 +322,13 @@ class Receipt(NamedTuple):
     def plus(self, other: "Receipt") -> "Receipt":
         """What became of this copy and another one of the same message."""
         return Receipt(
-            self.accepted + other.accepted,
-            {**self.refused, **other.refused},
-            list(dict.fromkeys([*self.lines, *other.lines])),
-            self.temporary and other.temporary,
-            other.lost,
-            self.unknown + other.unknown,
-            self.identifier or other.identifier,
+            accepted=self.accepted + other.accepted,
+            refused={**self.refused, **other.refused},
+            errors=list(dict.fromkeys([*self.errors, *other.errors])),
+            temporary=self.temporary and other.temporary,
+            lost=other.lost,
+            unknown=self.unknown + other.unknown,
+            identifier=self.identifier or other.identifier,
         )
 
 
@@ -1615,10 +1615,10 @@ class Smtp:
         accepted = tuple(recipient for address, recipient in spelt.items() if address not in answers)
         left = tuple(spelt[address] for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS)
         refused = {address: answer for address, answer in answers.items() if answer[0] != TOO_MANY_RECIPIENTS}
-        lines = [without_secrets(str(refused), self.settings)] if refused else []
+        errors = [without_secrets(str(refused), self.settings)] if refused else []
         temporary = all(400 <= code < 500 for code, _ in refused.values())
         reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
-        return Receipt(accepted, reasons, lines, temporary, left=left)
+        return Receipt(accepted, reasons, errors, temporary, left=left)
 
     def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> Answers:
         """Who was refused in one transaction. Raises Error.
@@ -2240,7 +2240,8 @@ class Worker:
         except Error as error:
             self.shut_out = self.shut_out + 1 if isinstance(error, Unreachable) else 0
             reasons = dict.fromkeys(envelope.recipients, error.text)
-            return Receipt((), reasons, [str(error)], error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost))
+            temporary, lost = error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
+            return Receipt((), reasons, [str(error)], temporary, lost)
         self.shut_out = 0
         return receipt
 
@@ -2250,8 +2251,8 @@ class Worker:
         attempts, self.transport.attempts = self.transport.attempts, 0
         if attempts:
             lines += [f"Sending: {path}", *message.people]
-        errors = [*total.lines, *troubles]
-        missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.lines)]
+        errors = [*total.errors, *troubles]
+        missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.errors)]
         if total.reached and missed and not total.unknown:
             errors.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
         everybody = total.reached == message.wanted
