@@ -1868,41 +1868,41 @@ def kept_connection() -> Any:
     from http import client
     from urllib import request
 
-    def kept(kind: type[client.HTTPConnection]) -> type[Any]:
-        class Connection(kind):  # type: ignore[misc, valid-type]
-            sock: Any
-            kept: Any = None
-            reached = False
+    class Connection(client.HTTPConnection):
+        sock: Any
+        kept: Any = None
+        reached = False
 
-            def connect(self) -> None:
-                super().connect()
-                self.reached = True
+        def connect(self) -> None:
+            super().connect()
+            self.reached = True
 
-            def request(self, method: str, url: str, body: Any, headers: Any, **named: Any) -> None:
-                self.sock, self.kept = self.kept, None
-                super().request(method, url, body, headers | {"Connection": "keep-alive"}, **named)
+        def request(self, method: str, url: str, body: Any = None, headers: Any = None, **named: Any) -> None:
+            self.sock, self.kept = self.kept, None
+            super().request(method, url, body, headers | {"Connection": "keep-alive"}, **named)
 
-            def getresponse(self) -> Any:
-                self.sock.settimeout(FINAL_TIMEOUT)
-                response = super().getresponse()
-                if self.sock:
-                    self.sock.settimeout(TIMEOUT)
-                self.kept, self.sock = self.sock, None  # urllib closes what it finds here
-                return response
+        def getresponse(self) -> Any:
+            self.sock.settimeout(FINAL_TIMEOUT)
+            response = super().getresponse()
+            if self.sock:
+                self.sock.settimeout(TIMEOUT)
+            self.kept, self.sock = self.sock, None  # urllib closes what it finds here
+            return response
 
-        return Connection
+    class SecureConnection(Connection, client.HTTPSConnection):  # https is verified
+        pass
 
     class Handler(request.AbstractHTTPHandler):
         http_request = https_request = request.AbstractHTTPHandler.do_request_
         connection: Any = None
         reused, opened = False, 0.0
 
-        def connect(self, host: str, *, kind: type[client.HTTPConnection] = client.HTTPConnection, **named: Any) -> Any:
+        def connect(self, host: str, *, kind: type[Connection] = Connection, **named: Any) -> Any:
             idle = self.connection and self.connection.kept
             young = monotonic() < self.opened + CONNECTION_LIFE
             self.reused = bool(idle) and young and not ready(idle.fileno(), POLLIN, 0)
             if not self.reused:
-                self.connection = kept(kind)(host, blocksize=PIECE, **named)  # https is verified
+                self.connection = kind(host, blocksize=PIECE, **named)
                 self.opened = monotonic()
             return self.connection
 
@@ -1910,7 +1910,7 @@ def kept_connection() -> Any:
             return self.do_open(self.connect, request)
 
         def https_open(self, request: request.Request) -> Any:
-            return self.do_open(self.connect, request, kind=client.HTTPSConnection)
+            return self.do_open(self.connect, request, kind=SecureConnection)
 
     return Handler()
 
