@@ -1818,7 +1818,7 @@ class Api:
             if self.handler.reused:  # closed before all of the request was there
                 return self.post(body)
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
-            kind = Closed if getattr(self.handler.connection, "reached", False) else Unreachable
+            kind = Closed if self.handler.connection.reached else Unreachable
             raise kind(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
         except (InvalidURL, ValueError):
             raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
@@ -1829,7 +1829,7 @@ class Api:
         with response, suppress(HTTPException, OSError):
             reply = response.read(LARGEST_REPLY + 1)
         if not 0 < len(reply) <= LARGEST_REPLY:
-            self.handler.connection = None  # what is left of this reply must not answer the next request
+            self.handler.connection.kept = None  # what is left of this reply must not answer the next request
         return response.status, reply
 
     def read_answer(self, status: int, answer: Mapping[str, object], recipients: tuple[str, ...]) -> Receipt:
@@ -1894,11 +1894,11 @@ def kept_connection() -> Any:
 
     class Handler(request.AbstractHTTPHandler):
         http_request = https_request = request.AbstractHTTPHandler.do_request_
-        connection: Any = None
+        connection = Connection("")  # to no host, so never opened
         reused, opened = False, 0.0
 
         def connect(self, host: str, *, kind: type[Connection] = Connection, **named: Any) -> Any:
-            idle = self.connection and self.connection.kept
+            idle = self.connection.kept
             young = monotonic() < self.opened + CONNECTION_LIFE
             self.reused = bool(idle) and young and not ready(idle.fileno(), POLLIN, 0)
             if not self.reused:
