@@ -2277,9 +2277,10 @@ class Worker:
         return Outcome(path, code, record, lines=lines, errors=errors)
 
 
-def outcomes(worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]) -> Iterator[Outcome]:
+def outcomes(worker: Worker, files: Sequence[str], halted: Callable[[], bool]) -> Iterator[Outcome]:
     """What becomes of the message files, one after the other; until halted."""
-    taken = (yield from share_out(worker, files, jobs, halted)) if min(jobs, len(files)) > 1 else 0
+    jobs = min(worker.options.jobs, len(files)) if worker.options.sends else 1
+    taken = (yield from share_out(worker, files, jobs, halted)) if jobs > 1 else 0
     for path in files[taken:]:
         if halted():
             break
@@ -2335,11 +2336,11 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int,
     from tempfile import TemporaryFile
 
     fork, processes = get_context("fork"), dict[Any, Any]()
-    with system_errors(f"--jobs {jobs}", "name fewer"), TemporaryFile() as file:
+    with system_errors(f"--jobs {worker.options.jobs}", "name fewer"), TemporaryFile() as file:
         file.write(b"".join(number.to_bytes(NUMBER, "big") for number in range(len(files))))
         file.seek(0)
         numbers = os.dup(file.fileno())
-        for _ in range(min(jobs, len(files))):
+        for _ in range(jobs):
             end, other = fork.Pipe()
             processes[end] = fork.Process(target=serve, args=(worker, files, numbers, other, [*processes, end]))
             processes[end].start()
@@ -2386,7 +2387,7 @@ def run(options: Options, settings: Settings) -> int:
             signal(number, halt)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
-    for outcome in outcomes(worker, files, options.jobs if options.sends else 1, lambda: signals > 0):
+    for outcome in outcomes(worker, files, lambda: signals > 0):
         counts[outcome.code] += 1
         if terminal:
             say("", descriptor=2, end="\r\x1b[K")
