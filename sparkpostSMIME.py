@@ -2372,34 +2372,15 @@ def run(options: Options, settings: Settings) -> int:
     if options.sent:
         check_sent(options.sent, files)
     worker, report = Worker(options, settings), Report(options.report) if options.report else None
-    many, signals, process = len(files) != 1 or bool(options.sent), 0, os.getpid()
-
-    def halt(*_: object) -> None:
-        nonlocal signals
-        if os.getpid() != process:  # a worker, which is about to ignore them
-            return
-        signals += 1
-        if signals == (2 if many else 1):  # no later one disturbs the end that this begins
-            raise KeyboardInterrupt
-
-    for number in (SIGINT, SIGTERM):
-        if getsignal(number) != SIG_IGN:  # as nohup has it
-            signal(number, halt)
+    many = len(files) != 1 or bool(options.sent)
+    halted = heed_signals(2 if many else 1)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
-    for outcome in outcomes(worker, files, lambda: signals > 0):
+    for outcome in outcomes(worker, files, halted):
         counts[outcome.code] += 1
         if terminal:
             say("", descriptor=2, end="\r\x1b[K")
-        for remark in outcome.remarks:
-            if remark not in told:
-                complain(f"{PROGRAM}: warning: {f'{outcome.file}: ' if many else ''}{remark}")
-                told.add(remark)
-        if outcome.lines and not options.quiet:
-            say(*outcome.lines)
-        for line in outcome.errors:
-            what = line.removeprefix(f"{PROGRAM}: ").removeprefix(f"{outcome.file}: ")
-            complain(f"{PROGRAM}: {outcome.file}: {what}" if many else line)
+        tell(outcome, told, many=many, quiet=options.quiet)
         if report and outcome.code is not None:
             report.add(outcome)
         if terminal:
@@ -2412,6 +2393,37 @@ def run(options: Options, settings: Settings) -> int:
     if counts[EXIT_FAILED] or (report and report.broken):
         return EXIT_FAILED
     return EXIT_TEMPORARY if counts[EXIT_TEMPORARY] else EXIT_OK
+
+
+def heed_signals(most: int) -> Callable[[], bool]:
+    """Count SIGINT and SIGTERM, and return what tells whether one has come; the last of so many interrupts at once."""
+    signals, process = 0, os.getpid()
+
+    def halt(*_: object) -> None:
+        nonlocal signals
+        if os.getpid() != process:  # a worker, which is about to ignore them
+            return
+        signals += 1
+        if signals == most:  # no later one disturbs the end that this begins
+            raise KeyboardInterrupt
+
+    for number in (SIGINT, SIGTERM):
+        if getsignal(number) != SIG_IGN:  # as nohup has it
+            signal(number, halt)
+    return lambda: signals > 0
+
+
+def tell(outcome: Outcome, told: set[str], *, many: bool, quiet: bool) -> None:
+    """Write what became of a message; the file's name too where it is one of many, and no warning twice."""
+    for remark in outcome.remarks:
+        if remark not in told:
+            complain(f"{PROGRAM}: warning: {f'{outcome.file}: ' if many else ''}{remark}")
+            told.add(remark)
+    if outcome.lines and not quiet:
+        say(*outcome.lines)
+    for line in outcome.errors:
+        what = line.removeprefix(f"{PROGRAM}: ").removeprefix(f"{outcome.file}: ")
+        complain(f"{PROGRAM}: {outcome.file}: {what}" if many else line)
 
 
 def progress(counts: Mapping[int | None, int], total: int, seconds: float) -> str:
