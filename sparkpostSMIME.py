@@ -991,7 +991,6 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     `hide` puts Subject, Comments and Keywords out of reach of those who cannot decrypt (hcp_baseline, section 3.2.1),
     and shows the Subject in the text where readers do not know of header protection (section 5.2.2).
     """
-    fields, _, body = split_entity(entity)
     header = [field for field in header if field_name(field) != "hp-outer"]  # only those made here may be believed
     outer, line = header, ""
     if hide:
@@ -1000,7 +999,8 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
         hidden = [text for text in field_texts(header, "subject") if text not in ("", "[...]")]
         line = f"Subject: {readable(hidden[0])}" if hidden else ""
     if line or b"hp-legacy-display" in entity.lower():
-        fields, body = with_legacy_display(fields, body, line, depth=0)
+        entity = with_legacy_display(entity, line)
+    fields, _, body = split_entity(entity)
     inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
     if hide:
         inner += [b"HP-Outer: " + tidy(field) for field in outer if field_name(field) != "mime-version"]
@@ -1041,11 +1041,12 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     return [changed(field) if field_name(field) == "content-type" else field for field in fields]
 
 
-def with_legacy_display(fields: list[bytes], body: bytes, line: str, *, depth: int) -> tuple[list[bytes], bytes]:
-    """Header fields and body of an entity, with this line shown in each part that is its main text.
+def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
+    """The entity, with this line shown in each part that is its main text.
 
     No part goes on claiming that it shows a line where it does not, for readers would cut its first one off.
     """
+    fields, blank, body = split_entity(entity)
     kind, boundary = media_type(fields, "text/plain")
     places = count()
 
@@ -1053,17 +1054,15 @@ def with_legacy_display(fields: list[bytes], body: bytes, line: str, *, depth: i
         main = not next(places) or kind == "multipart/alternative"
         if not main and b"hp-legacy-display" not in part.lower():
             return part
-        inner, blank, text = split_entity(part)
-        inner, text = with_legacy_display(inner, text, line if main else "", depth=depth + 1)
-        return b"".join(field + CRLF for field in inner) + (blank or CRLF) + text
+        return with_legacy_display(part, line if main else "", depth=depth + 1)
 
     if any(text.lower().startswith("attachment") for text in field_texts(fields, "content-disposition")):
         line = ""
     if kind in ("text/plain", "text/html"):
-        return with_line(fields, body, line, html=kind == "text/html")
-    if boundary and depth < DEEPEST_NESTING and kind in MAIN_TEXT_TYPES:
-        return fields, fit_parts(body, boundary, display, clear=False) or body
-    return fields, body
+        fields, body = with_line(fields, body, line, html=kind == "text/html")
+    elif boundary and depth < DEEPEST_NESTING and kind in MAIN_TEXT_TYPES:
+        body = fit_parts(body, boundary, display, clear=False) or body
+    return b"".join(field + CRLF for field in fields) + (blank or CRLF) + body
 
 
 def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
