@@ -528,6 +528,11 @@ def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
     return fields, CRLF if blank else b"", entity[blank.end() if blank else end :]
 
 
+def joined(fields: Iterable[bytes]) -> bytes:
+    """These fields as lines of a header."""
+    return b"".join(field + CRLF for field in fields)
+
+
 def to_crlf(data: bytes) -> bytes:
     """Make CRLF of every line end, be it CRLF or LF."""
     if b"\r" not in data:
@@ -799,8 +804,7 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
     if not field_texts(content, "content-type"):
         charset = "" if body.isascii() else f"; charset={charset_of(body)}"
         content.insert(0, f"Content-Type: text/plain{charset}".encode())
-    header = b"".join(field + CRLF for field in content) + CRLF
-    return fit_entity(body, header=header, clear=clear)
+    return fit_entity(body, header=joined(content) + CRLF, clear=clear)
 
 
 def is_fit(entity: bytes, *, clear: bool) -> bool:
@@ -859,7 +863,7 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     else:
         encoding, body = fit_leaf(body, kind, encoding, clear=clear)
     encoding = "7bit" if encoding in ("8bit", "binary") else encoding  # Postfix re-encodes a part called so, even ASCII
-    header = b"".join(fit_field(field) + CRLF for field in with_transfer_encoding(fields, encoding))
+    header = joined(map(fit_field, with_transfer_encoding(fields, encoding)))
     if clear:
         header = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n)", b"", header)
     fit = header + blank + body
@@ -1005,7 +1009,7 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     if hide:
         inner += [b"HP-Outer: " + tidy(field) for field in outer if field_name(field) != "mime-version"]
     fields = with_parameter(fields, b"hp", b"cipher" if hide else b"clear")
-    return b"".join(field + CRLF for field in [*map(fold, inner), *fields]) + CRLF + body, outer
+    return joined([*map(fold, inner), *fields]) + CRLF + body, outer
 
 
 def tidy(field: bytes) -> bytes:
@@ -1062,7 +1066,7 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
         fields, body = with_line(fields, body, line, html=kind == "text/html")
     elif boundary and depth < DEEPEST_NESTING and kind in MAIN_TEXT_TYPES:
         body = fit_parts(body, boundary, display, clear=False) or body
-    return b"".join(field + CRLF for field in fields) + (blank or CRLF) + body
+    return joined(fields) + (blank or CRLF) + body
 
 
 def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
@@ -2098,7 +2102,7 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     if signer:
         keyring.remarks += date_remarks(header)
         entity = sign(entity, signer, opaque=options.opaque, pss=strong)
-    head = b"".join(field + CRLF for field in header)
+    head = joined(header)
     copies = []
     for copy in plan_copies(served, certificates, options, keyring.remarks):
         if options.encrypt:
