@@ -1108,22 +1108,22 @@ class Keyring:
         self.folder, self.password, self.skipped = options.keys, settings.key_password, options.skip_checks
         self.roots = read_keys(settings.ca_file)[1] if settings.ca_file else []
         self.now = datetime.now(timezone.utc)
-        self.signers, self.certificates = dict[str, Signer](), dict[str, x509.Certificate]()
+        self.signer, self.certificate = cache(self.load_signer), cache(self.load_recipient)
         self.remarks: list[str] = []  # to warn of
 
-    def load(self, signer: str, recipients: Iterable[str]) -> tuple[Signer | None, dict[str, x509.Certificate]]:
+    def load(self, signer: str, recipients: Sequence[str]) -> tuple[Signer | None, dict[str, x509.Certificate]]:
         """The signer, where one is named, and everybody's certificate. Raises one Error that names all at fault."""
         problems = []
-        wanted: list[tuple[Any, Any, str]] = [(self.signers, self.load_signer, signer)] if signer else []
-        wanted += [(self.certificates, self.load_recipient, address) for address in recipients]
-        for loaded, load, address in wanted:
+        wanted: list[tuple[Callable[[str], object], str]] = [(self.signer, signer)] if signer else []
+        wanted += [(self.certificate, address) for address in recipients]
+        for load, address in wanted:
             try:
-                loaded[address] = loaded.get(address) or load(address)
+                load(address)
             except Error as error:
                 problems.append(error.text)
         if problems:
             raise Error("; ".join(problems))
-        return self.signers.get(signer), self.certificates
+        return self.signer(signer) if signer else None, {each: self.certificate(each) for each in recipients}
 
     def load_signer(self, address: str) -> Signer:
         """The key of an address, with its certificate and chain from there or from ADDRESS.crt. Raises Error."""
