@@ -256,6 +256,10 @@ class Options(Namespace):
     sent: str | None
 
     @property
+    def protects(self) -> bool:
+        return self.sign or self.encrypt
+
+    @property
     def sends(self) -> bool:
         return self.send_smtp or self.send_api
 
@@ -384,7 +388,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         parser.error("--send_smtp and --send_api are two ways: choose one")
     if options.opaque and not options.sign:
         parser.error("--opaque is a way to sign: add --sign")
-    if options.protect_headers and not (options.sign or options.encrypt):
+    if options.protect_headers and not options.protects:
         parser.error("--protect_headers needs a signature or encryption: add --sign or --encrypt")
     if options.archive and not options.encrypt:
         parser.error("--archive is about encrypted messages: add --encrypt")
@@ -701,12 +705,12 @@ CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
     """The fields that stay outside, in order and fit for transport, with those that every message must have."""
     now = b"Date: " + formatdate(localtime=True).encode()
-    rewritten, renewed = options.sign or options.encrypt, "date" if options.date_now else ""
-    dropped = DROPPED_FIELDS | ({"dkim-signature"} if rewritten else set())  # it signs the body as it was
+    renewed = "date" if options.date_now else ""
+    dropped = DROPPED_FIELDS | ({"dkim-signature"} if options.protects else set())  # it signs the body as it was
     outer, present = list[bytes](), set[str]()
     for field in fields:
         name = field_name(field)
-        if name in dropped or (rewritten and name.startswith("content-")):
+        if name in dropped or (options.protects and name.startswith("content-")):
             continue
         if name not in present or name not in ("mime-version", renewed):
             outer.append(now if name == renewed else fit_field(field))
@@ -2092,7 +2096,7 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
     signer, certificates = keyring.load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
     clear = options.sign and not options.opaque
-    entity = make_entity(fields, body, clear=clear) if options.sign or options.encrypt else CRLF + to_crlf(body)
+    entity = make_entity(fields, body, clear=clear) if options.protects else CRLF + to_crlf(body)
     del body
     if options.protect_headers:
         entity, header = protect_headers(entity, header, hide=options.encrypt)
