@@ -79,11 +79,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     try:
         print(HELP, end="", flush=True)
     finally:
-        os._exit(0)  # at once: nothing else is loaded, and to take down what was compiled takes its time too
+        os._exit(0)  # at once: nothing more is loaded, and an orderly end would take time as well
 
 import gc
 
-gc.disable()  # while all is imported, of which nothing is garbage
+gc.disable()  # while all is imported: none of it is garbage
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
 if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
@@ -209,7 +209,7 @@ class Unreachable(Closed):
 
 
 class Barred(Unreachable):
-    """There is none for this user, now and later."""
+    """There is no way in with these settings, now or later."""
 
     exit_code = EXIT_FAILED
 
@@ -304,8 +304,8 @@ class Signer(NamedTuple):
 class Receipt(NamedTuple):
     """What became of one copy of a message: who has it, why others have not, and the lines that tell of those.
 
-    `unknown` recipients have it too, but the API does not say which of the refused they are. `temporary` tells that
-    every refusal may be gone later, `lost` that the server is gone. Those `left` were too many for one transaction
+    `unknown` counts those of the refused who have it too: the API does not say which. `temporary` tells that every
+    refusal may be gone later, `lost` that the server is gone. Those `left` were too many for one transaction
     (452, RFC 5321 section 4.5.3.1.10) and get another one.
     """
 
@@ -589,7 +589,7 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Seque
 
 
 def unique(addresses: Iterable[str]) -> tuple[str, ...]:
-    """Each mailbox once, as it is spelt first; in domains alone case does not count (RFC 5321 section 2.4)."""
+    """Each mailbox once, in its first spelling; case counts, except in the domain (RFC 5321 section 2.4)."""
     found: dict[tuple[str, str], str] = {}
     for address in addresses:
         local, _, domain = address.rpartition("@")
@@ -635,7 +635,7 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
 
 
 def without_comments(text: str) -> str:
-    """The value of a field, with blanks for its (comments), which nest (RFC 5322 section 3.2.2), unless one is open."""
+    """A field's value with its (comments), which nest (RFC 5322 section 3.2.2), blanked; as it is where one is open."""
     if "(" not in text:
         return text
     outside, within = re.compile(rf'{QUOTED}|[()]|[^"()]+|"', re.DOTALL), re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
@@ -828,7 +828,7 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
 
 
 def has_long_line(entity: bytes) -> bool:
-    """Whether a line has over 998 bytes before its CRLF; looks only where a line could end at the latest."""
+    """Whether a line has over 998 bytes before its CRLF; searches back from where each line must have ended."""
     start = 0
     while len(entity) - start > LONGEST_LINE:
         start = entity.rfind(b"\n", start, start + LONGEST_LINE + 2) + 1
@@ -927,7 +927,7 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
 
 
 def fit_piece(piece: bytes, inside: bool, fit_part: Callable[[bytes], bytes], *, clear: bool) -> bytes:
-    """What stands between two boundaries, a part after a line end; or before the first, or after the last."""
+    """What stands after a boundary, a part made fit; or before the first or after the last, dropped where unfit."""
     line_end = re.match(BLANK_LINE, piece)
     if inside:
         return CRLF + fit_part(piece[line_end.end() :]) if line_end else b""
@@ -971,7 +971,7 @@ def quoted_printable(data: bytes) -> bytes:
 
 def base64_lines(data: bytes, before: bytes = b"") -> bytes:
     """Base64 in lines of 76 characters (RFC 2045 section 6.8), written piece by piece to spare memory."""
-    lines = io.BytesIO(bytes(len(before) + (len(data) + 56) // 57 * 78))  # to grow could take the memory twice
+    lines = io.BytesIO(bytes(len(before) + (len(data) + 56) // 57 * 78))  # growing it could take twice the memory
     lines.write(before)
     piece = 57 * 1024  # 57 bytes make a line
     for start in range(0, len(data), piece):
@@ -1017,7 +1017,7 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
 
 
 def tidy(field: bytes) -> bytes:
-    """A field as `Name: value` (RFC 9788 section 2.2), without blanks at line ends, which no clear signature holds."""
+    """A field as `Name: value` (RFC 9788 section 2.2), without blanks at line ends, unfit for a clear signature."""
     name, _, value = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
     return (name.rstrip() + b": " + value.lstrip()).rstrip()
 
@@ -1030,7 +1030,7 @@ def readable(value: str) -> str:
 
 
 def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[bytes]:
-    """The fields, with this parameter in Content-Type, whatever the author has put there; without it for no value."""
+    """The fields, with this parameter in Content-Type in place of the author's own; an empty one removes that."""
     old = rb"(?si)(%b)|;\s*%b(?:\*\d*\*?)?\s*=\s*(?:%b|[^\s;]*)" % (BYTES_QUOTED, name, BYTES_QUOTED)
     parameter = b';\r\n\t%b="%b"' % (name, value) if value else b""
 
@@ -1052,7 +1052,7 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
 def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
     """The entity, with this line shown in each part that is its main text.
 
-    No part goes on claiming that it shows a line where it does not, for readers would cut its first one off.
+    No part goes on claiming that it shows a line where it does not, for readers would then cut off its first line.
     """
     fields, blank, body = split_entity(entity)
     kind, boundary = media_type(fields, "text/plain")
@@ -1074,7 +1074,7 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
 
 
 def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
-    """Header fields and body of a text part, with this line on top; as they were where no reader can show the text."""
+    """Header fields and body of a text part, with this line on top, if there is one and the text can be decoded."""
     from html import escape
 
     fields = with_parameter(fields, b"hp-legacy-display", b"")
@@ -1146,7 +1146,7 @@ class Keyring:
         return Signer(key, self.choose(own, chain, address, path, "signatures"), chain)
 
     def load_recipient(self, address: str) -> x509.Certificate:
-        """The certificate of an address: one that is not in its file as an issuer. Raises Error."""
+        """The certificate of an address; those of issuers in its file are passed over. Raises Error."""
         cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
@@ -1161,9 +1161,9 @@ class Keyring:
         return self.choose(own, chain, address, path, "encryption")
 
     def choose(self, own: Certificates, chain: Certificates, address: str, path: str, purpose: str) -> x509.Certificate:
-        """Of the certificates of an address the usable one that began last. Raises Error, which tells each one's fault.
+        """The usable certificate of an address: of those with the fewest faults, the one that began last.
 
-        Warns of the faults in skipped checks, and of what needs care soon.
+        Raises Error, which tells the faults of each. Warns of the faults in skipped checks, and of an end that is near.
         """
         where, judged = f"{address}: {path}", [(list(self.faults(each, chain, address, purpose)), each) for each in own]
         usable = [(faults, each) for faults, each in judged if all(fault[0] in self.skipped for fault in faults)]
@@ -1271,7 +1271,7 @@ def load_bag(data: bytes, password: str) -> tuple[object, Certificates]:
 
 
 def raw_fields(certificate: x509.Certificate) -> list[bytes]:
-    """Serial number, algorithm, issuer, validity, subject and so on, in the bytes that it has, however odd they are."""
+    """Serial number, algorithm, issuer, validity, subject and so on, as the bytes in the certificate, however odd."""
     der, found = certificate.tbs_certificate_bytes, list[bytes]()
     start = content_start(der)
     while start < len(der):
@@ -1355,7 +1355,7 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
     scheme = padding.PSS(padding.MGF1(SHA256()), padding.PSS.DIGEST_LENGTH) if pss else None
     builder = pkcs7.PKCS7SignatureBuilder().set_data(entity)
     builder = builder.add_signer(signer.certificate, signer.key, SHA256(), rsa_padding=scheme)
-    for certificate in signer.chain:  # last, for the calls before it drop what was added
+    for certificate in signer.chain:  # last, because the calls above drop what was added before
         builder = builder.add_certificate(certificate)
     detached = [] if opaque else [pkcs7.PKCS7Options.DetachedSignature]
     try:
@@ -1377,7 +1377,7 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
 def encrypt(entity: bytes, certificates: Certificates, *, gcm: bool, oaep: bool, before: bytes = b"") -> bytes:
     """An encrypted entity that any of these certificates' keys opens (RFC 8551 section 3.3). Raises Error.
 
-    `before` is the header that comes before it, here to spare a copy.
+    `before` is the header that comes before it; to add it here spares a copy.
     """
     recipients = list(dict.fromkeys(certificates))
     try:
@@ -1564,7 +1564,7 @@ class Session(smtplib.SMTP):
     def converse(self, commands: Sequence[str]) -> list[tuple[int, bytes]]:
         """The replies to commands, which go out together where the server takes them so (RFC 2920).
 
-        What has become useless is not said: there are fewer replies then.
+        Commands that have become useless are not sent: there are fewer replies then.
         """
         at_once = COMMANDS_AT_ONCE if self.has_extn("pipelining") else 1
         replies: list[tuple[int, bytes]] = []
@@ -1807,7 +1807,7 @@ class Api:
         return self.read_answer(status, answer, envelope.recipients)
 
     def post(self, body: bytes) -> tuple[int, bytes]:
-        """Status and reply of the API, which is empty where it broke off. Raises Error."""
+        """Status and reply of the API; the reply is empty where it broke off. Raises Error."""
         from http.client import HTTPException, InvalidURL
         from urllib.error import URLError
         from urllib.request import Request
@@ -1936,14 +1936,14 @@ def api_errors(errors: object) -> list[str]:
 
 @contextmanager
 def locked(path: str, sent: str) -> Iterator[list[int]]:
-    """Hold a message file against other runs, and tell which it is.
+    """Lock a message file against other runs, and yield its identity.
 
     Raises Elsewhere where another run has it or has moved it to the folder `sent`, and Error.
     """
     from fcntl import LOCK_EX, LOCK_NB, flock
 
     with system_errors(path):
-        try:  # NFS locks only what may be written
+        try:  # NFS locks only a file that is open for writing
             file = open(path, "r+b" if os.access(path, os.W_OK) else "rb")  # noqa: SIM115
             flock(file, LOCK_EX | LOCK_NB)
             which, now = identity(file.fileno()), identity(path)
@@ -2000,7 +2000,7 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[
 
 
 def identity(file: str | int, *, follow: bool = True) -> list[int]:
-    """What tells this file, or symbolic link, from another that comes to have its name; nothing where there is none."""
+    """What tells this file, or symbolic link, from another that takes its name later; empty where there is none."""
     with suppress(FileNotFoundError):
         status = os.stat(file, follow_symlinks=follow)
         return [status.st_ino, status.st_mtime_ns]
@@ -2036,7 +2036,7 @@ def move_to(sent: str, path: str, which: list[int]) -> None:
         lock(folder)  # lest two messages of one name find it free
         target = next(target for target in targets if not os.path.lexists(target))
         os.rename(path, target)
-        if identity(target, follow=False) != entry:  # it came after the look above
+        if identity(target, follow=False) != entry:  # another, which came after the look above
             os.rename(target, path)
     finally:
         os.close(folder)
@@ -2147,9 +2147,10 @@ def audience(envelope: Envelope, accepted: Sequence[str], options: Options, rema
 def plan_copies(
     envelope: Envelope, certificates: Mapping[str, x509.Certificate], options: Options, remarks: list[str]
 ) -> list[Envelope]:
-    """One message for all; but encrypted and sent, one for RSA and one for elliptic curve keys, and one for each Bcc.
+    """One copy for all; but encrypted and sent, one for RSA and one for elliptic curve keys, and one for each Bcc.
 
-    The others' copy would give away a Bcc recipient, and older NSS opens nothing that has an elliptic curve key in it.
+    A copy shared with others would give a Bcc recipient away, and older NSS opens none that serves an elliptic curve
+    key too.
     """
     if not options.encrypt:
         return [envelope]
@@ -2253,7 +2254,7 @@ class Worker:
         return receipt
 
     def conclude(self, path: str, message: Prepared, total: Receipt, troubles: list[str], seconds: float) -> Outcome:
-        """What to tell of a message whose copies became this, beside troubles with the outbox."""
+        """What to tell of a message: `total` became of its copies, and there were these troubles with the outbox."""
         lines, self.transport.opened = self.transport.opened, []
         attempts, self.transport.attempts = self.transport.attempts, 0
         if attempts:
@@ -2299,7 +2300,7 @@ def outcomes(worker: Worker, files: Sequence[str], halted: Callable[[], bool]) -
 def share_out(
     worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool]
 ) -> Generator[Outcome, None, int]:
-    """What becomes of the files, in the hands of so many processes, which each take the next when they have done one.
+    """What becomes of the files, shared among so many processes; each takes the next when it has done one.
 
     Processes, because the interpreter's lock would let threads wait for each other. Returns how many were taken.
     """
@@ -2334,10 +2335,10 @@ def share_out(
 
 
 def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[Any, Any]]:
-    """So many processes, and the open file from which they read the numbers of their message files. Raises Error.
+    """Start so many processes; return the open file from which they read the numbers of their message files, and them.
 
-    They have one place in it, which moves on with each read, so each number is taken once: POSIX says so of regular
-    files, and Linux keeps it for those that open() opened. None begins before all are there.
+    They share its offset, which every read moves on, so each number is taken once: POSIX says so of regular files, and
+    Linux keeps to it for those that open() opened. None begins before all have started. Raises Error.
     """
     from multiprocessing import get_context
     from tempfile import TemporaryFile
@@ -2359,11 +2360,11 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int,
 
 
 def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: Iterable[Any]) -> None:
-    """Work on the files whose numbers are read until none is left, all is hopeless, or nobody is there to report."""
+    """Work on the files whose numbers are read, until none is left, all is hopeless, or nobody is left to report to."""
     for other in others:
         other.close()
     for signal_number in (SIGINT, SIGTERM):
-        signal(signal_number, SIG_IGN)  # who shares out ends in order
+        signal(signal_number, SIG_IGN)  # the process that shares out sees to the end
     with suppress(EOFError, ConnectionError):
         end.recv()
         while not worker.hopeless and (taken := os.read(numbers, NUMBER)):
@@ -2469,7 +2470,7 @@ class Report:
 
 
 def say(*lines: str, descriptor: int = 1, end: str = "\n") -> None:
-    """Write lines to standard output or error, whatever characters they hold; that nobody reads them is no failure."""
+    """Write lines to standard output or error, whatever characters they hold; it is no failure if nobody reads them."""
     shown = [
         line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
         for line in lines
@@ -2479,15 +2480,15 @@ def say(*lines: str, descriptor: int = 1, end: str = "\n") -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write without a buffer, for that would be flushed once more after a signal. Raises OSError."""
+    """Write without a buffer, which would be flushed a second time after a signal. Raises OSError."""
     rest = memoryview(data)
     while rest:  # a full disk may take a part
-        ready(descriptor, POLLOUT)  # lest it be one that does not wait
+        ready(descriptor, POLLOUT)  # waits, should writing not wait (O_NONBLOCK)
         rest = rest[os.write(descriptor, rest) :]
 
 
 def ready(descriptor: int, event: int, patience: int | None = None) -> bool:
-    """Whether it can be read or written, after so many milliseconds at most; select would take no number over 1023."""
+    """Whether it can be read or written, after so many milliseconds at most; select takes no descriptor over 1023."""
     waiting = poll()
     waiting.register(descriptor, event)
     return bool(waiting.poll(patience))
