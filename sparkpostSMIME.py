@@ -1231,7 +1231,7 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
     """
     bag = private and path.endswith(KEY_SUFFIXES[1:])
     data = read_file(path, secret=private)
-    locked = bag or b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
+    encrypted = b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
     key: object = None
     certificates: Certificates = []
     try:
@@ -1240,7 +1240,7 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
             if bag:
                 key, certificates = load_bag(data, password)
             elif private:
-                key = load_pem_private_key(data, password.encode() if locked and password else None)
+                key = load_pem_private_key(data, password.encode() if encrypted and password else None)
             if not bag and b"-----BEGIN CERTIFICATE" in data:
                 certificates = x509.load_pem_x509_certificates(data)
             elif not private:
@@ -1248,12 +1248,13 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
             for certificate in certificates:  # parsed when first asked for
                 certificate.public_key(), certificate.subject, certificate.extensions
     except (ValueError, TypeError, *ODD_CERTIFICATES):
-        cure = "it must hold one in PEM form" if private else "it must hold some in PEM form, or one in DER"
+        what, cure = "private key", "it must hold one in PEM form"
         if bag:
-            cure = "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
-        elif locked and private:
+            what, cure = "key or certificate", "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
+        elif not private:
+            what, cure = "certificate", "it must hold some in PEM form, or one in DER"
+        elif encrypted:
             cure = "is SMIME_KEY_PASSWORD right?" if password else "it has a passphrase: set SMIME_KEY_PASSWORD"
-        what = "private key" if private and not bag else "key or certificate" if bag else "certificate"
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
     signs = isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey))
     return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
