@@ -715,10 +715,13 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         if name not in present or name not in ("mime-version", renewed):
             outer.append(now if name == renewed else fit_field(field))
         present.add(name)
-    outer += [now] if "date" not in present else []
+    if "date" not in present:
+        outer.append(now)
     if "message-id" not in present:
         outer.append(b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode())
-    return outer if "mime-version" in present else [*outer, b"MIME-Version: 1.0"]
+    if "mime-version" not in present:
+        outer.append(b"MIME-Version: 1.0")
+    return outer
 
 
 def fit_field(field: bytes) -> bytes:
