@@ -588,10 +588,10 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Seque
     return Envelope(sender, shown, everyone[len(shown) :])
 
 
-def unique(addresses: Iterable[str]) -> tuple[str, ...]:
+def unique(mailboxes: Iterable[str]) -> tuple[str, ...]:
     """Each mailbox once, in its first spelling; case counts, except in the domain (RFC 5321 section 2.4)."""
     found: dict[tuple[str, str], str] = {}
-    for address in addresses:
+    for address in mailboxes:
         local, _, domain = address.rpartition("@")
         found.setdefault((local, domain.lower()), address)
     return tuple(found.values())
@@ -966,8 +966,8 @@ def decoded(body: bytes, encoding: str) -> bytes:
 
 def quoted_printable(data: bytes) -> bytes:
     """RFC 2045 section 6.7, for text with line ends of CRLF; keeps "From " off the start of every line."""
-    unsafe = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
-    escaped = re.sub(unsafe, lambda match: b"=%02X" % ord(match[0]), data)
+    unfit = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
+    escaped = re.sub(unfit, lambda match: b"=%02X" % ord(match[0]), data)
     long = rb"(?=.{77})(.{1,75}(?<!=)(?<!=[0-9A-F]))"
     return CRLF.join(re.sub(long, rb"\1=\r\n", line) if len(line) > 76 else line for line in escaped.split(CRLF))
 
@@ -1651,14 +1651,14 @@ class Smtp:
                     raise
             self.open()
 
-    def mail_options(self, message: bytes, addresses: Iterable[str]) -> str:
+    def mail_options(self, message: bytes, mailboxes: Iterable[str]) -> str:
         """What MAIL FROM must say of the message (RFC 1870, RFC 6152, RFC 6531).
 
         Raises Error where the server cannot do it.
         """
         session = self.session
         size = f" SIZE={len(message)}" if session.has_extn("size") else ""
-        if message[: message.index(CRLF + CRLF)].isascii() and all(address.isascii() for address in addresses):
+        if message[: message.index(CRLF + CRLF)].isascii() and all(address.isascii() for address in mailboxes):
             return size + (" BODY=8BITMIME" if not message.isascii() and session.has_extn("8bitmime") else "")
         if not session.has_extn("smtputf8"):
             where = f"{self.settings.smtp_host} does not offer SMTPUTF8, which addresses outside ASCII need"
