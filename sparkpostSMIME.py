@@ -408,6 +408,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mapping[str, str]:
     """The variables of the environment, and below them those of the settings file, which is never executed.
 
+    An empty variable counts as not set: it takes nothing from the file away, such as the TLS that it demands.
     Raises Error for a file that cannot be read, or that other users could read or write.
     """
     path = "my_envs.sh" if env_file is None else env_file
@@ -423,7 +424,7 @@ def read_environment(environ: Mapping[str, str], env_file: str | None) -> Mappin
     except UnicodeDecodeError:
         raise Error(f"{path}: this settings file is not UTF-8 text") from None
     values = dotenv_values(stream=io.StringIO(content), interpolate=False)
-    return {name: value for name, value in values.items() if value} | dict(environ)
+    return {name: text for name in (*values, *environ) if (text := environ.get(name) or values.get(name))}
 
 
 def read_settings(environ: Mapping[str, str], options: Options) -> Settings:
@@ -589,10 +590,13 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Seque
 
 
 def unique(mailboxes: Iterable[str]) -> tuple[str, ...]:
-    """Each mailbox once, in its first spelling; case counts, except in the domain (RFC 5321 section 2.4)."""
+    """Each mailbox once, in its first spelling; case counts, except in the domain (RFC 5321 section 2.4).
+
+    A domain is the same in U-labels and A-labels.
+    """
     found: dict[tuple[str, str], str] = {}
     for address in mailboxes:
-        local, _, domain = address.rpartition("@")
+        local, _, domain = wire_address(address).rpartition("@")
         found.setdefault((local, domain.lower()), address)
     return tuple(found.values())
 
@@ -644,7 +648,8 @@ def without_comments(text: str) -> str:
         end = token.end()
         depth += token[0] == "("
         kept.append(" " * len(token[0]) if depth else token[0])
-        depth -= depth and token[0] == ")"
+        if depth and token[0] == ")":
+            depth -= 1
     return text if depth else "".join(kept)
 
 
@@ -1000,13 +1005,14 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     """The entity with the header fields in it, and those that stay outside (RFC 9788 section 5.2).
 
     `hide` puts Subject, Comments and Keywords out of reach of those who cannot decrypt (hcp_baseline, section 3.2.1),
-    and shows the Subject in the text where readers do not know of header protection (section 5.2.2).
+    and Thread-Topic, in which Outlook repeats the Subject; and it shows the Subject in the text where readers do not
+    know of header protection (section 5.2.2).
     """
     header = [field for field in header if field_name(field) != "hp-outer"]  # only those made here may be believed
     outer, line = header, ""
     if hide:
         outer = [b"Subject: [...]" if field_name(field) == "subject" else field for field in header]
-        outer = [field for field in outer if field_name(field) not in ("comments", "keywords")]
+        outer = [field for field in outer if field_name(field) not in ("comments", "keywords", "thread-topic")]
         hidden = [text for text in field_texts(header, "subject") if text not in ("", "[...]")]
         line = f"Subject: {readable(hidden[0])}" if hidden else ""
     if line or b"hp-legacy-display" in entity.lower():
@@ -1154,12 +1160,14 @@ class Keyring:
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
         own = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
+        own = [each for each in own if not is_authority(each)] or own  # a CA of one's own may name the address too
         if not own:  # those that issued none of the others
-            names = {each: (raw_fields(each)[4], raw_fields(each)[2]) for each in certificates}
-            issuers = [issuer for subject, issuer in names.values() if issuer != subject]
-            own = [each for each, (subject, issuer) in names.items() if subject not in issuers]
-            leaves = [each for each in own if len({*names[each]}) > 1 and not is_authority(each)]
-            own = leaves or [each for each in own if len({*names[each]}) == 1]  # a root counts where no leaf is
+            subject = {each: raw_fields(each)[4] for each in certificates}
+            issuer = {each: raw_fields(each)[2] for each in certificates}
+            issued = [each for each in certificates if issuer[each] != subject[each]]
+            ends = [each for each in certificates if subject[each] not in [issuer[other] for other in issued]]
+            own = [each for each in ends if each in issued and not is_authority(each)]
+            own = own or [each for each in ends if each not in issued]  # a root counts where no leaf is
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 
@@ -1536,7 +1544,7 @@ class Session(smtplib.SMTP):
         elif not begun:
             failure = smtplib.SMTPDataError(*replies[-1])
         else:
-            answer, begun = self.hand_over(message), False
+            answer, begun = self.send_content(message), False
             if answer[0] == 250:
                 return refused
             failure = smtplib.SMTPDataError(*answer)
@@ -1549,7 +1557,7 @@ class Session(smtplib.SMTP):
             self.rset()
         raise failure
 
-    def hand_over(self, message: bytes) -> tuple[int, bytes]:
+    def send_content(self, message: bytes) -> tuple[int, bytes]:
         """The answer to a whole message."""
         if message.find(b"\n.", 0, message.rfind(b".") + 1) >= 0:  # RFC 5321 section 4.5.2; not in base64
             message = message.replace(b"\n.", b"\n..")
@@ -1837,7 +1845,7 @@ class Api:
             reason = without_secrets(f"{host}: {error}; the message may have been sent", self.settings)
             raise Lost(reason, "look before sending it again") from None
         reply = b""
-        with response, suppress(HTTPException, OSError):
+        with response, suppress(HTTPException, OSError, ValueError):  # as of a chunk of -5 bytes
             reply = response.read(LARGEST_REPLY + 1)
         if not 0 < len(reply) <= LARGEST_REPLY:
             self.handler.connection.kept = None  # what is left of this reply must not answer the next request
@@ -1863,12 +1871,12 @@ class Api:
             return Receipt(has, refused, answers or lost, False, unknown=accepted - len(has), identifier=identifier)
         told = "; ".join(answers) or "the reply is cut short, too long, or not from this API"
         where = f"{self.settings.api_host}: HTTP status {status}: {told}"
-        if status in (200, 504):
+        if 200 <= status < 300 or status == 504:
             raise TemporaryError(f"{where}; the message may have been sent", "look before sending it again")
-        if status in (420, 429) or status >= 500:
+        if status in (408, 420, 429) or status >= 500:
             raise TemporaryError(where, "try again later")
         cure = "are SPARKPOST_API_KEY and SPARKPOST_HOST right?" if status in (401, 403, 404) else ""
-        raise (Barred if status in (401, 403) else Error)(where, cure)
+        raise (Barred if status == 401 else Error)(where, cure)  # 403 may be about this message
 
     def close(self) -> None:
         pass
@@ -2266,7 +2274,8 @@ class Worker:
         errors = [*total.errors, *troubles]
         missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.errors)]
         if total.reached and missed and not total.unknown:
-            errors.append(f"{PROGRAM}: not sent to {', '.join(missed)}")
+            doubt = "perhaps " if total.lost else ""
+            errors.append(f"{PROGRAM}: {doubt}not sent to {', '.join(missed)}")
         everybody = total.reached == message.wanted
         if lines and total.reached:
             some = "" if everybody else f" for {total.reached} of {message.wanted} recipients"
@@ -2292,7 +2301,9 @@ class Worker:
 def outcomes(worker: Worker, files: Sequence[str], halted: Callable[[], bool]) -> Iterator[Outcome]:
     """What becomes of the message files, one after the other; until halted."""
     jobs = min(worker.options.jobs, len(files)) if worker.options.sends else 1
-    taken = (yield from share_out(worker, files, jobs, halted)) if jobs > 1 else 0
+    taken = 0
+    if jobs > 1:
+        taken = yield from share_out(worker, files, jobs, halted)
     for path in files[taken:]:
         if halted():
             break

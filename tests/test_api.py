@@ -278,11 +278,11 @@ def test_a_bcc_copy_that_fails_does_not_hide_the_others(send: Send, api: StandIn
 # ------------------------------------------------------------------------------------------------------ answers
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 413, 415, 420, 422, 429, 500, 503, 504])
+@pytest.mark.parametrize("status", [400, 401, 403, 408, 413, 415, 420, 422, 429, 500, 503, 504])
 def test_an_error_is_told_as_the_api_words_it(status: int, send: Send, api: StandIn) -> None:
     api.answers = [reply(status, {"errors": [ERROR, {"message": "Also told."}]})]
     done = send()
-    assert done.returncode == (75 if status in (420, 429) or status >= 500 else 1)
+    assert done.returncode == (75 if status in (408, 420, 429) or status >= 500 else 1)
     assert b"1902, Message told, Description told" in done.stderr
     assert b"; Also told." in done.stderr
     assert (SENT in done.stderr) == (status == 504)
@@ -313,7 +313,7 @@ def test_no_recipient_accepted_is_a_failure(
     assert (b"1902, Message told, Description told" in done.stderr) == bool(errors)
 
 
-@pytest.mark.parametrize(("status", "code"), [(200, 75), (400, 1), (503, 75)], ids=["200", "400", "503"])
+@pytest.mark.parametrize(("status", "code"), [(200, 75), (202, 75), (400, 1), (503, 75)], ids=str)
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
@@ -328,9 +328,24 @@ def test_no_recipient_accepted_is_a_failure(
         (b"\xff\xfe\x00", {}),
         (b'{"results": {"total_accepted_rec', {"Content_Length": "5000"}),
         (b'64\r\n{"results": {"total', {"Transfer_Encoding": "chunked"}),
+        (b"-5\r\nhello\r\n0\r\n\r\n", {"Transfer_Encoding": "chunked"}),
         (b'{"errors": [{"message": "%b"}]}' % (b"x" * 20_000_000), {}),
     ],
-    ids=["html", "list", "null", "strings", "members", "brackets", "nested", "empty", "bytes", "cut", "chunk", "huge"],
+    ids=[
+        "html",
+        "list",
+        "null",
+        "strings",
+        "members",
+        "brackets",
+        "nested",
+        "empty",
+        "bytes",
+        "cut",
+        "chunk",
+        "negative",
+        "huge",
+    ],
 )
 def test_an_unreadable_reply_is_a_clear_error(
     body: object, headers: dict[str, str], status: int, code: int, send: Send, api: StandIn
@@ -340,7 +355,7 @@ def test_an_unreadable_reply_is_a_clear_error(
     assert done.returncode == code
     assert re.fullmatch(rb"sparkpostSMIME\.py: %b: [^\n]{10,300}\n" % api.url.encode(), done.stderr)
     assert str(status).encode() in done.stderr.replace(api.url.encode(), b"")
-    assert (SENT in done.stderr) == (status == 200)
+    assert (SENT in done.stderr) == (status in (200, 202))
     assert OK not in done.stdout
 
 

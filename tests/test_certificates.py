@@ -349,6 +349,24 @@ def test_an_issuer_that_names_an_address_is_not_the_recipient(desk: Desk) -> Non
     desk.opens(passed(desk.run("-", ENCRYPT, data=MAIL), "address"), ENCRYPT, own, root)
 
 
+@pytest.mark.parametrize("age", [9, 10, 11], ids=["younger", "of one second", "older"])
+@pytest.mark.parametrize("days", [365, 5], ids=["current", "expired"])
+def test_an_issuer_that_names_the_recipient_too_is_not_encrypted_to(days: int, age: int, desk: Desk) -> None:
+    """As openssl req makes one's own CA, with emailAddress in its subject and no key usage."""
+    key, root_key = (desk.authority.identity(owner).key for owner in (STEVE, BOB))
+    name = distinguished_name("Steve's CA", [STEVE])
+    certificate = certify(name, root_key, name, root_key, authority=True, usages=[], begin=NOW - age * DAY)
+    subject, names = distinguished_name("Steve"), [x509.RFC822Name(STEVE)]
+    own = certify(subject, key, name, root_key, names=names, begin=NOW - 10 * DAY, days=days)
+    (desk.folder / FILE).write_bytes(certificate_pem(certificate) + certificate_pem(own))
+    done = desk.run("-", ENCRYPT, data=MAIL)
+    if days == 5:
+        refused(done, FILE, "valid from")
+    else:
+        root = Identity("", root_key, certificate, desk.authority)
+        desk.opens(passed(done), ENCRYPT, Identity(STEVE, key, own, desk.authority), root)
+
+
 # ------------------------------------------------------------------------------------------------- forms of files
 
 

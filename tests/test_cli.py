@@ -268,6 +268,11 @@ def test_the_environment_beats_the_settings_file(run: Run, folder: Path, authori
     refused(run("-", "--sign", data=mail(), SMIME_KEY_PASSWORD="wrong"), PEM)
 
 
+def test_an_empty_variable_takes_no_protection_of_the_settings_file_away(run: Run, folder: Path) -> None:
+    private(folder / "my_envs.sh", "SMIME_CA_FILE=missing.pem\n")
+    refused(run("-", "--sign", data=mail(), SMIME_CA_FILE=""), "missing.pem")
+
+
 def test_env_file_stands_in_for_my_envs(run: Run, folder: Path, authority: Authority) -> None:
     lock(folder, authority, KEY_PASSWORD)
     private(folder / "with.sh", f"SMIME_KEY_PASSWORD={KEY_PASSWORD}\n")

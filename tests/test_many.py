@@ -717,6 +717,13 @@ def test_a_key_that_the_api_refuses_is_tried_for_three_messages_only(send_many: 
     assert b"the rest is not tried" in done.stderr
 
 
+def test_messages_that_the_api_forbids_do_not_keep_the_others_back(send_many: SendMany, api: StandIn) -> None:
+    forbidden = reply(403, {"errors": [{"message": "Forbidden."}]})
+    done = send_many(5, Kept, answers=[forbidden] * 3 + [accepted(1)])
+    assert (done.returncode, len(api.requests)) == (1, 5)
+    assert re.search(SUMMARY.format(2, 5) + ", 3 refused", done.stdout.decode())
+
+
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
 def test_large_messages_that_the_api_breaks_off_do_not_keep_the_others_back(
     secure: bool, run: Run, folder: Path

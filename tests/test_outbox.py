@@ -430,6 +430,26 @@ program.os.fsync = full
     assert recipients(server) == [[STEVET, BOB], [CAROL]] * 2
 
 
+def test_a_note_that_fails_once_does_not_end_the_run(serve: Serve, out: Path) -> None:
+    server = serve({f"RCPT TO:<{CAROL}": LATER})
+    for name in "ab":
+        (out / f"{name}.eml").write_bytes(mail(Bcc=f"{BOB}, {CAROL}"))
+    once = """
+sync, calls = program.os.fsync, []
+def full_once(descriptor):
+    calls.append(descriptor)
+    if len(calls) == 1:
+        raise OSError(28, "No space left on device")
+    sync(descriptor)
+program.os.fsync = full_once
+"""
+    words = [*patched(once), *SEND, "--encrypt"]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, recipients(server)) == (75, [[STEVET], [BOB]] * 2)
+    assert b"not tried" not in done.stderr
+    assert sorted(content_of(out)) == ["a.eml", "a.eml.accepted", "b.eml", "b.eml.accepted"]
+
+
 def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, out: Path) -> None:
     server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number == 3)}, "PIPELINING")
     (out / "a.eml").write_bytes(TO_THREE)

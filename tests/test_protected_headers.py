@@ -17,6 +17,7 @@ from protected import Finder, Leaf, Rendered, fields_of, is_structural, readable
 from readers import Openssl
 
 MODES = ["--sign", "--sign --opaque", "--encrypt", "--sign --encrypt"]
+HIDDEN = ("comments", "keywords", "thread-topic")  # with --encrypt; the Subject is replaced
 Protect = Callable[[bytes, str], "tuple[bytes, bytes, Rendered]"]
 
 
@@ -60,11 +61,11 @@ def check_fields(source: list[tuple[str, str]], printed: list[tuple[str, str]], 
     assert [(n, readable(n, v)) for n, v in fields if n in names] == wanted
     assert sorted(name for name, _ in fields if name not in names) == sorted({"date", "message-id"} - names)
     if encrypted:
-        fields = [(n, "[...]" if n == "subject" else v) for n, v in fields if n not in ("comments", "keywords")]
+        fields = [(n, "[...]" if n == "subject" else v) for n, v in fields if n not in HIDDEN]
     assert [(n, v.split()) for n, v in printed if not is_structural(n)] == [(n, v.split()) for n, v in fields]
     assert rendered.outer == (fields if encrypted else [])
     for name, value, state in rendered.fields:
-        hidden = encrypted and name in ("subject", "comments", "keywords") and value != "[...]"
+        hidden = encrypted and name in ("subject", *HIDDEN) and value != "[...]"
         secret, public = ("signed-and-encrypted", "signed-only") if signed else ("encrypted-only", "unprotected")
         assert (name, state) == (name, secret if hidden else public)
 
@@ -107,6 +108,7 @@ LETTER = mail(
     Bcc=CAROL,
     Resent_Bcc=CAROL,
     Subject="A secret",
+    Thread_Topic="A secret",
     Comments="secret one",
     KEYWORDS="secret, two",
     Date="Tue, 01 Oct 2019 10:00:00 +0000",
@@ -130,7 +132,7 @@ def test_the_other_fields_outside_stay_as_they_are(mode: str, run: Run) -> None:
     outputs = [run("-", mode, *more, data=LETTER).stdout for more in ([], ["--protect_headers"])]
     plain, protected = (output[: output.index(b"\nContent-Type:")] for output in outputs)
     if mode == "--encrypt":
-        plain = re.sub(rb"(?im)^(comments|keywords):.*\n", b"", plain).replace(b"A secret", b"[...]")
+        plain = re.sub(rb"(?im)^(comments|keywords|thread-topic):.*\n", b"", plain).replace(b"A secret", b"[...]")
     assert protected == plain
 
 

@@ -206,6 +206,13 @@ def test_domain_outside_ascii_goes_as_a_labels(send: Send, serve: Serve) -> None
     assert header["To"] == "anna@xn--fa-hia.example, bob@xn--bcher-kva.example"
 
 
+def test_a_mailbox_in_both_spellings_of_its_domain_is_one_recipient(send: Send, serve: Serve) -> None:
+    server = serve()
+    outcome = send(server, mail(To="anna@bücher.example", Cc="anna@XN--BCHER-KVA.example"))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [each.recipients for each in server.mails] == [["anna@xn--bcher-kva.example"]]
+
+
 @pytest.mark.parametrize(("extension", "options"), [("8BITMIME", " BODY=8BITMIME"), ("PIPELINING", "")])
 def test_eight_bit_text_is_declared_where_that_is_offered(
     extension: str, options: str, send: Send, serve: Serve
