@@ -300,7 +300,7 @@ def test_partial_acceptance_tells_who_was_refused_and_how_many_were_not(send: Se
     assert re.search(rb"(?m)^OK for 2 of 3 recipients - in 0\.\d{3} seconds$", done.stdout)
 
 
-@pytest.mark.parametrize("count", [0, -1, True, None, [1]], ids=str)
+@pytest.mark.parametrize("count", [0, -1, 2, True, None, [1]], ids=str)
 @pytest.mark.parametrize("errors", [[], [ERROR]], ids=["no reasons", "reasons"])
 def test_no_recipient_accepted_is_a_failure(
     count: object, errors: list[dict[str, str]], send: Send, api: StandIn
@@ -534,3 +534,11 @@ def test_a_host_that_is_none_is_a_clear_error(host: str, send: Send) -> None:
     assert done.stderr.startswith(b"sparkpostSMIME.py: ")
     assert b"SPARKPOST_HOST" in done.stderr
     assert SENT not in done.stderr
+
+
+@pytest.mark.parametrize(("size", "code"), [(20_000_000, 0), (20_000_001, 1)])
+def test_a_message_larger_than_the_api_takes_is_refused(size: int, code: int, send: Send, api: StandIn) -> None:
+    header = mail(b"", Date="Fri, 01 Dec 2028 10:00:00 +0000", Message_ID="<1@thetucks.com>", MIME_Version="1.0")
+    done = send(data=header + b"a" * (size - len(header)))
+    assert (done.returncode, [len(each.message) for each in api.requests]) == (code, [size] * (not code))
+    assert (b"use --send_smtp" in done.stderr) == bool(code)

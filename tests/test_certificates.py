@@ -98,6 +98,7 @@ FAULTS = {
     "never encrypts": Fault("usage", USAGE, lacking("key_encipherment"), [ENCRYPT]),
     "never agrees": Fault("usage", USAGE, lacking("key_agreement"), [ENCRYPT], "P-256"),
     "RSA of 1024 bits": Fault("key_size", "1024", leaf(), BOTH, "rsa-1024"),
+    "RSA of 2047 bits": Fault("key_size", "2047", leaf(), BOTH, "rsa-2047"),
     "untrusted": Fault("chain", CHAIN, untrusted),
     "missing intermediate": Fault("chain", CHAIN, alone),
     "certified by a leaf": Fault("chain", CHAIN, below_a_leaf, [ENCRYPT]),
@@ -277,7 +278,7 @@ GOOD: dict[str, dict[str, Any]] = {  # how the certificate is made, also the add
     "no purposes, no usages": {"purposes": [], "usages": []},
     "signs without digitalSignature": {"usages": ["content_commitment", "key_encipherment"]},
     "elliptic curve": {"kind": "P-521"},
-    "ends in a while": {"days": 33},
+    "ends in a while": {"days": 32},
 }
 
 
@@ -293,7 +294,7 @@ def test_a_good_certificate_passes_without_a_word(options: dict[str, Any], desk:
 
 @both_ways
 @pytest.mark.parametrize(
-    ("options", "words"), [({"san": []}, "address"), ({"days": 20}, day(19))], ids=["no address", "ends soon"]
+    ("options", "words"), [({"san": []}, "address"), ({"days": 31}, day(30))], ids=["no address", "ends soon"]
 )
 def test_what_is_odd_is_used_with_a_warning(options: dict[str, Any], words: str, flag: str, desk: Desk) -> None:
     identity = desk.give(leaf(**options))
@@ -448,3 +449,9 @@ def test_the_certificate_of_an_archive_is_checked(name: str, desk: Desk) -> None
     refused(desk.check(*words, data=mail()), FILE, FAULTS[name].words)
     done = desk.check(*words, "--skip_checks", FAULTS[name].check, data=mail())
     desk.opens(passed(done, FILE), ENCRYPT, identity)
+
+
+@both_ways
+def test_one_without_a_fault_comes_before_a_newer_one_whose_fault_is_skipped(flag: str, desk: Desk) -> None:
+    made = desk.give_two([OLD, FUTURE], flag)
+    desk.opens(passed(desk.check(flag, "--skip_checks", "validity")), flag, made[0], made[1])

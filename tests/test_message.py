@@ -175,6 +175,7 @@ LISTS = {
     "To: Jürgen <a@x.org>, Ω\r\n <b@x.org>,\r\n\tc@x.org": "a b c",
     "To: pete(his account)@x.org, <pat @ x.org>, paul@ (home) x.org": "pete pat paul",
     "To: , <@y.org,@z.org:a@x.org>,, b@x.org,": "a b",
+    "To: a@x.org, A@x.org": "a a",  # whose case a server may heed
 }
 BAD = "bob|bob@|@x.org|<>|a@x.org b@x.org|<a@x.org> <b@x.org>|a@x.org, Bob <bob>|a@b@x.org|a@x.org: b@x.org;"
 BAD += '|a(x)b@x.org|a@x.org, "open|a@x.org (open|<a\r\n b@x.org>|a\rb@x.org|a\0b@x.org|"\r"@x.org|a@x\x7f.org'
@@ -261,10 +262,13 @@ def test_date_and_message_id_are_added_where_missing_and_date_now_replaces(run: 
 
 
 STALE = [(OLD, True), ("today", True), (formatdate(), False), (None, False)]
+STALE += [(formatdate(time.time() + 4200), True), (formatdate(time.time() - 3000), False)]
 
 
 @pytest.mark.parametrize("flags", [*ALL, ("--sign", "--date_now")])
-@pytest.mark.parametrize(("date", "stale"), STALE, ids=["old", "unreadable", "now", "none"])
+@pytest.mark.parametrize(
+    ("date", "stale"), STALE, ids=["old", "unreadable", "now", "none", "70 minutes to come", "50 minutes old"]
+)
 def test_a_stale_date_is_told_when_signing(run: Run, date: str, stale: bool, flags: Flags) -> None:
     done = run("-", *flags, data=mail(Date=date), TZ="EST5")
     told = stale and "--sign" in flags and "--date_now" not in flags
@@ -676,3 +680,20 @@ def test_the_time_for_absurd_input_grows_with_its_length_only(run: Run, data: by
     done = run("-", *flags, data=data)
     assert time.monotonic() - began < 15  # each took over 20 seconds when it grew with the square
     assert len(done.stderr) < 1000
+
+
+def test_a_control_character_in_a_header_field_becomes_a_blank() -> None:
+    assert outer_fields(b"Subject: a\0b\r\n")[0] == b"Subject: a b"
+
+
+@pytest.mark.parametrize("length", range(990, 1003))
+def test_a_folded_line_has_998_bytes_at_most(length: int) -> None:
+    field = outer_fields(b"X-A: " + b"a" * (length - 5) + b" " + b"b" * 20 + b"\r\n")[0]
+    assert max(map(len, field.split(b"\r\n"))) <= 998
+    assert field.replace(b"\r\n", b"").endswith(b"a " + b"b" * 20)
+
+
+def test_from_at_the_very_start_of_the_text_is_encoded_under_a_clear_signature(inner: Inner) -> None:
+    entity = email.message_from_bytes(inner(mail(b"From here\r\nto there\r\n"), "--sign"))
+    assert entity.get_payload(decode=True) == b"From here\r\nto there\r\n"
+    assert not str(entity.get_payload()).startswith("From ")

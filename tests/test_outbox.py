@@ -191,7 +191,7 @@ def test_sent_needs_files_a_way_and_a_folder(arguments: list[str], run: Run, out
     assert len(content_of(out)) == 1
 
 
-@pytest.mark.parametrize("sent", ["absent", "out/00001.eml", "/dev/shm", "out"])
+@pytest.mark.parametrize("sent", ["absent", "out/00001.eml", "/dev/shm", "out", "./out"])
 def test_a_folder_that_cannot_serve_is_told_before_anything_is_sent(
     sent: str, run: Run, serve: Serve, out: Path
 ) -> None:
@@ -860,3 +860,105 @@ def test_an_outbox_into_postfix_survives_kills_at_random_moments(
     wait_for(lambda: not any(path.is_file() for queue in queues for path in queue.rglob("*")), 60)
     new = [path.read_bytes() for path in (postfix.maildir / "new").iterdir()]
     check([message.replace(b"\n", b"\r\n") for message in new], names(files), 2 * killed, openssl)
+
+
+def test_who_has_a_message_but_could_not_be_noted_needs_a_look_and_nothing_more_is_sent(
+    serve: Serve, out: Path
+) -> None:
+    server = serve({TO_BOB: LATER})
+    for name in "ab":
+        (out / f"{name}.eml").write_bytes(TO_THREE)
+    full = "def full(descriptor): raise OSError(28, 'No space left on device')\nprogram.os.fsync = full"
+    words = [*patched(full), *SEND]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, recipients(server)) == (1, [[STEVET, CAROL]])
+    assert b"a.eml: who has it cannot be noted: No space left on device" in done.stderr
+    assert b"the outbox cannot be written: the rest is not tried" in done.stdout + done.stderr
+    assert sorted(content_of(out)) == ["a.eml", "b.eml"]
+
+
+def test_what_cannot_be_moved_keeps_who_had_it_before_too(run: Run, serve: Serve, out: Path) -> None:
+    server = serve({TO_BOB: LATER})
+    (out / "a.eml").write_bytes(TO_THREE)
+    assert run(*SEND, **to(server)).returncode == 75
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    folder = os.open(out.parent / "sent", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # so that nothing can be moved there
+    assert run(*SEND, **to(server)).returncode == 75
+    os.close(folder)
+    assert run(*SEND, **to(server)).returncode == 0
+    assert (recipients(server), content_of(out)) == ([[STEVET, CAROL], [BOB]], {})
+
+
+def test_a_message_that_comes_in_the_place_of_another_before_it_is_read_is_sent_once(
+    run: Run, serve: Serve, out: Path
+) -> None:
+    server, message, new = serve(), out / "a.eml", out.parent / "new"
+    message.write_bytes(TO_THREE)
+    new.write_bytes(TO_THREE.replace(b"Hello", b"Later"))
+    late = """
+import os
+prepare = program.prepare
+def replaced(*arguments):
+    os.rename("new", "out/a.eml")
+    return prepare(*arguments)
+program.prepare = replaced
+"""
+    words = [*patched(late), *SEND]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, server.mails) == (75, [])
+    assert b"a.eml: another message has come in its place" in done.stderr
+    assert run(*SEND, **to(server)).returncode == 0
+    assert ([b"Later" in each.content for each in server.mails], content_of(out)) == ([True], {})
+
+
+def test_a_folder_that_cannot_be_locked_as_on_nfs_is_used_all_the_same(serve: Serve, out: Path) -> None:
+    server, files = serve(), letters(out, 2)
+    nfs = """
+import fcntl
+flock = fcntl.flock
+def without_folders(file, operation):
+    if isinstance(file, int):
+        raise OSError(9, "Bad file descriptor")
+    flock(file, operation)
+fcntl.flock = without_folders
+"""
+    words = [*patched(nfs), *SEND]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr, taken(server)) == (0, b"", names(files))
+    assert names((out.parent / "sent").iterdir()) == names(files)
+
+
+def test_a_note_is_on_the_disk_before_it_takes_the_place_of_the_last(serve: Serve, out: Path) -> None:
+    (out / "a.eml").write_bytes(TO_THREE)
+    watch = """
+import os, stat
+def told(name, call):
+    def wrapper(*arguments):
+        folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+        print(name, "folder" if folder else "note", file=sys.stderr, flush=True)
+        return call(*arguments)
+    return wrapper
+os.fsync, os.replace = told("fsync", os.fsync), told("replace", os.replace)
+"""
+    words = [*patched(watch), *SEND]
+    server = serve({TO_BOB: LATER})
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert done.returncode == 75
+    assert done.stderr.startswith(b"fsync note\nreplace note\nfsync folder\n")
+
+
+def test_a_file_that_is_written_over_while_it_is_read_waits_though_it_has_its_size(serve: Serve, out: Path) -> None:
+    server, _ = serve(), letters(out, 1)
+    touch = """
+import itertools, os
+fstat, numbers = os.fstat, itertools.count(1)
+def touched(descriptor):
+    os.utime("out/00001.eml", ns=(next(numbers),) * 2)
+    return fstat(descriptor)
+os.fstat = touched
+"""
+    words = [*patched(touch), *SEND[:2]]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, server.mails) == (75, [])
+    assert b"00001.eml: this file is being written" in done.stderr

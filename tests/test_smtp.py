@@ -67,7 +67,9 @@ BODIES = {
     "blanks": b"trailing \t\r\n\r\n\r\n",
     "eight-bit": "Grüße\r\n".encode(),
     "empty": b"",
+    "one whole piece": (b"a" * 98 + b"\r\n") * 1000,
 }
+BODIES["one whole piece"] = BODIES["one whole piece"][len(mail(b"", **COMPLETE)) :]  # PIECE bytes with the header
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -256,3 +258,11 @@ def test_missing_certificate_of_a_bcc_recipient_stops_everything(send: Send, ser
     outcome = send(server, mail(Bcc=CAROL), "--encrypt")
     assert (outcome.code, outcome.out, server.heard) == (1, "", b"")
     assert f"{CAROL}.crt not found" in outcome.err
+
+
+@pytest.mark.parametrize("option", ["--recipient", "--return_path"])
+def test_address_outside_ascii_of_the_command_line_is_an_error_elsewhere(option: str, send: Send, serve: Serve) -> None:
+    server = serve()
+    outcome = send(server, mail(), option, "jörg@x.example")
+    assert (outcome.code, b"mail from" in server.heard.lower()) == (1, False)
+    assert "does not offer SMTPUTF8" in outcome.err

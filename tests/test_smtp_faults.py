@@ -16,6 +16,7 @@ from faulty import (  # the fixtures among them are used by name
     Send,
     Serve,
     send_by_smtp,  # noqa: F401
+    sometimes,
     start_faulty,  # noqa: F401
     start_mailbox,  # noqa: F401
 )
@@ -106,7 +107,7 @@ def test_name_that_does_not_resolve_is_temporary(run: Run) -> None:
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example", "two words"])
 def test_impossible_host_name_is_one_clear_line(host: str, run: Run) -> None:
     done = run("-", "--send_smtp", data=mail(), SMTP_HOST=host)
-    assert done.returncode in (1, 75)
+    assert done.returncode == (75 if host == "two words" else 1)
     assert re.fullmatch(rf"sparkpostSMIME.py: {host}.*SMTP_HOST.*\n", done.stderr.decode())
 
 
@@ -211,4 +212,31 @@ def test_connection_lost_between_copies_is_told_truly(stage: str, send: Send, se
     outcome = send(serve({stage: Fault.DROP}), mail(Bcc=CAROL), "--encrypt")
     assert outcome.err.count("may have been sent") == (stage == "dot")
     assert "connect()" not in outcome.err  # smtplib's advice to programmers
+    assert outcome.code == 75
+
+
+@pytest.mark.parametrize("extensions", [[], ["PIPELINING"]], ids=str)
+def test_recipient_to_whom_the_server_forwards_has_the_message(extensions: list[str], send: Send, serve: Serve) -> None:
+    server = serve({"RCPT": "251 2.1.5 not here, will forward"}, *extensions)
+    outcome = send(server)
+    assert (outcome.code, outcome.err, [each.recipients for each in server.mails]) == (0, "", [[STEVET]])
+
+
+def test_patience_for_the_answer_to_a_message_ends_with_it(send: Send, serve: Serve) -> None:
+    server = serve({"MAIL": sometimes(Fault.SILENCE, lambda number: number == 2)})
+    began = time.monotonic()
+    outcome = send(server, mail(Bcc=CAROL), "--encrypt", patch=QUICK.replace("1, 3", "1, 20"))
+    assert (outcome.code, len(server.mails)) == (0, 2)
+    assert time.monotonic() - began < 10
+
+
+def test_nothing_is_said_to_a_server_that_closes(send: Send, serve: Serve) -> None:
+    server = serve({"MAIL": "421 4.3.2 too busy"})
+    assert send(server).code == 75
+    assert server.heard.lower().endswith(b"mail from:<%b>\r\n" % STEVE.encode())
+
+
+def test_server_that_closes_among_the_recipients_is_told_as_smtplib_does(send: Send, serve: Serve) -> None:
+    outcome = send(serve({"RCPT TO:<bob": "421 4.4.5 bye"}), mail(To=f"{STEVET}, {BOB}"))
+    assert outcome.err.startswith(f"{{'{BOB}': (421, b'4.4.5 bye')}}\n")
     assert outcome.code == 75
