@@ -1092,7 +1092,7 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
         text = decoded(body, encoding).decode(content_type(fields).get_content_charset("us-ascii"))
     except (LookupError, ValueError, TypeError):
         return fields, body
-    if not line:
+    if not line or re.search(r"[\x80-\x9f]", text):  # what is called Latin-1 and is not would become other text
         return fields, body
     if not field_texts(fields, "content-type"):
         fields = [b"Content-Type: text/plain", *fields]
@@ -1159,15 +1159,15 @@ class Keyring:
         cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        own = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
-        own = [each for each in own if not is_authority(each)] or own  # a CA of one's own may name the address too
+        naming = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
+        own = [each for each in naming if not is_authority(each)]  # a CA of one's own may name the address too
         if not own:  # those that issued none of the others
             subject = {each: raw_fields(each)[4] for each in certificates}
             issuer = {each: raw_fields(each)[2] for each in certificates}
             issued = [each for each in certificates if issuer[each] != subject[each]]
             ends = [each for each in certificates if subject[each] not in [issuer[other] for other in issued]]
             own = [each for each in ends if each in issued and not is_authority(each)]
-            own = own or [each for each in ends if each not in issued]  # a root counts where no leaf is
+            own = own or naming or [each for each in ends if each not in issued]  # a root counts where no leaf is
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 
@@ -1228,7 +1228,7 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
     for path in paths:
-        with system_errors(path), suppress(FileNotFoundError):
+        with system_errors(path), suppress(FileNotFoundError, UnicodeEncodeError):
             os.stat(path)
             return path
     raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
@@ -1252,7 +1252,7 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
                 key, certificates = load_bag(data, password)
             elif private:
                 key = load_pem_private_key(data, password.encode() if encrypted and password else None)
-            if not bag and b"-----BEGIN CERTIFICATE" in data:
+            if not bag and b"-----BEGIN CERTIFICATE-----" in data:
                 certificates = x509.load_pem_x509_certificates(data)
             elif not private:
                 certificates = [x509.load_der_x509_certificate(data)]
@@ -1341,7 +1341,9 @@ def chain_fault(certificate: x509.Certificate, chain: Certificates, roots: Certi
         if usage and not (usage.key_cert_sign if isinstance(usage, x509.KeyUsage) else serves_mail(usage)):
             raise ValueError("its issuer is not for e-mail")
 
-    leaf, issuer = ExtensionPolicy.permit_all(), ExtensionPolicy.webpki_defaults_ca()  # a leaf has checks of its own
+    policies = (x509.CertificatePolicies, Criticality.AGNOSTIC, None)  # any will do
+    leaf = ExtensionPolicy.permit_all().may_be_present(*policies)  # a leaf has checks of its own
+    issuer = ExtensionPolicy.webpki_defaults_ca().may_be_present(*policies)
     for kind in (x509.ExtendedKeyUsage, x509.KeyUsage):
         issuer = issuer.may_be_present(kind, Criticality.AGNOSTIC, check)
     builder = PolicyBuilder().store(Store(roots)).time(moment).extension_policies(ca_policy=issuer, ee_policy=leaf)

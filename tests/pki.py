@@ -160,7 +160,7 @@ def certify(
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     for value in more:
-        builder = builder.add_extension(value, critical=False)
+        builder = builder.add_extension(value, critical=isinstance(value, x509.CertificatePolicies))
     return builder.sign(issuer_key, hashes.SHA256())
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import BOB, CAROL, KEY_PASSWORD, STEVE, STEVET, Run, mail
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from faulty import Open, Send, send_by_smtp, start_mailbox  # noqa: F401, the fixtures are used by name
 from pki import (
@@ -310,6 +312,19 @@ def test_an_intermediate_may_be_limited_to_mail(desk: Desk) -> None:
     passed(desk.check(SIGN, ENCRYPT))
 
 
+@both_ways
+def test_critical_policies_are_no_fault(flag: str, desk: Desk) -> None:
+    """As some authorities put them into their own certificates and into those that they issue."""
+    policies = [x509.CertificatePolicies([x509.PolicyInformation(x509.ObjectIdentifier("2.5.29.32.0"), None)])]
+    root, key = desk.authority, desk.authority.identity(STEVE).key
+    issuer_key, name = root.identity(BOB).key, distinguished_name("Issuer with policies")
+    issuer = certify(name, issuer_key, root.root.subject, root.root_key, authority=True, more=policies)
+    names = [x509.RFC822Name(STEVE)]
+    certificate = certify(distinguished_name("Steve"), key, name, issuer_key, names=names, more=policies)
+    identity = desk.give(lambda authority, _: Identity(STEVE, key, certificate, authority, [issuer]))
+    desk.opens(passed(desk.check(flag)), flag, identity)
+
+
 # --------------------------------------------------------------------------------------------- which one is taken
 
 OLD, NEW = leaf(begin=NOW - 100 * DAY), leaf(begin=NOW - 10 * DAY)
@@ -352,20 +367,23 @@ def test_an_issuer_that_names_an_address_is_not_the_recipient(desk: Desk) -> Non
 
 @pytest.mark.parametrize("age", [9, 10, 11], ids=["younger", "of one second", "older"])
 @pytest.mark.parametrize("days", [365, 5], ids=["current", "expired"])
-def test_an_issuer_that_names_the_recipient_too_is_not_encrypted_to(days: int, age: int, desk: Desk) -> None:
+@pytest.mark.parametrize("names", [[x509.RFC822Name(STEVE)], []], ids=["both", "it alone"])
+def test_an_issuer_that_names_the_recipient_is_not_encrypted_to(
+    names: list[x509.GeneralName], days: int, age: int, desk: Desk
+) -> None:
     """As openssl req makes one's own CA, with emailAddress in its subject and no key usage."""
     key, root_key = (desk.authority.identity(owner).key for owner in (STEVE, BOB))
     name = distinguished_name("Steve's CA", [STEVE])
     certificate = certify(name, root_key, name, root_key, authority=True, usages=[], begin=NOW - age * DAY)
-    subject, names = distinguished_name("Steve"), [x509.RFC822Name(STEVE)]
-    own = certify(subject, key, name, root_key, names=names, begin=NOW - 10 * DAY, days=days)
+    own = certify(distinguished_name("Steve"), key, name, root_key, names=names, begin=NOW - 10 * DAY, days=days)
     (desk.folder / FILE).write_bytes(certificate_pem(certificate) + certificate_pem(own))
     done = desk.run("-", ENCRYPT, data=MAIL)
     if days == 5:
         refused(done, FILE, "valid from")
     else:
         root = Identity("", root_key, certificate, desk.authority)
-        desk.opens(passed(done), ENCRYPT, Identity(STEVE, key, own, desk.authority), root)
+        warnings = [] if names else ["address"]
+        desk.opens(passed(done, *warnings), ENCRYPT, Identity(STEVE, key, own, desk.authority), root)
 
 
 # ------------------------------------------------------------------------------------------------- forms of files
@@ -408,6 +426,14 @@ def test_pkcs12_needs_its_password_and_to_be_private(
 ) -> None:
     desk.put(suffix, desk.authority.identity(STEVE).pkcs12(KEY_PASSWORD), mode)
     refused(desk.check(flag, SMIME_KEY_PASSWORD=password), rf"{STEVE}\.{suffix}", words)
+
+
+def test_a_request_beside_the_key_is_no_certificate(desk: Desk) -> None:
+    identity = desk.authority.identity(STEVE)
+    request = x509.CertificateSigningRequestBuilder().subject_name(distinguished_name("Steve"))
+    pem = request.sign(identity.key, SHA256()).public_bytes(Encoding.PEM)
+    (desk.folder / f"{STEVE}.pem").write_bytes(key_pem(identity.key) + pem)
+    desk.opens(passed(desk.check(SIGN)), SIGN, identity)
 
 
 def test_pkcs12_without_what_is_needed_is_refused(desk: Desk) -> None:

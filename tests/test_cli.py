@@ -475,6 +475,11 @@ def test_a_key_open_to_others_is_refused_with_the_cure(
     entity(run("-", "--sign", "--keys", keys, data=mail()))
 
 
+def test_an_address_that_the_file_system_cannot_spell_has_no_file(run: Run) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    refused(run("-", "--encrypt", data=mail(To="jürgen@x.org"), **ascii_only), "rgen@x.org.crt not found")
+
+
 @pytest.mark.parametrize("flag", ["--sign", "--encrypt"])
 def test_a_key_folder_that_cannot_be_looked_into_is_not_told_as_a_missing_file(flag: str, run: Run) -> None:
     line = refused(run("-", flag, "--keys", PEM, data=mail()), PEM)

@@ -236,6 +236,16 @@ def test_every_text_shows_every_subject(subject: str, protect: Protect) -> None:
     assert all(leaf.element for leaf in protect(source, "--sign --encrypt")[2].leaves)
 
 
+def test_windows_1252_that_is_called_latin_1_stays_as_it_is(run: Run, openssl: Openssl, authority: Authority) -> None:
+    text = b"5 \x80 \x93now\x94\r\n"
+    data = mail(b"", MIME_Version="1.0")[:-2] + encoded("text/plain; charset=iso-8859-1", text, "8bit")
+    done = run("-", "--encrypt", "--protect_headers", data=data)
+    entity = done.stdout[done.stdout.index(b"\nContent-Type:") + 1 :]
+    payload = message_from_bytes(openssl.decrypt(entity, authority.identity(STEVET)))
+    assert (payload.get_param("charset"), payload.get_param("hp-legacy-display")) == ("iso-8859-1", None)
+    assert payload.get_payload(decode=True) == text
+
+
 @pytest.mark.parametrize("subject", [None, "", "[...]"])
 def test_no_element_where_the_subject_does_not_change(subject: str | None, protect: Protect) -> None:
     assert [leaf.element for leaf in protect(letter(TEXT, Subject=subject), "--encrypt")[2].leaves] == [""]
