@@ -1551,8 +1551,8 @@ class Session(smtplib.SMTP):
                 return refused
             failure = smtplib.SMTPDataError(*answer)
         with suppress(smtplib.SMTPException):
-            if begun and not all(200 <= code < 600 for code, _ in replies):
-                self.close()  # whatever this server speaks, it shall not deliver an empty message
+            if begun and not all(400 <= code < 600 for code, _ in answers.values()):
+                self.close()  # the server may have accepted somebody, and nobody shall get an empty message
             elif begun:  # with nobody to get the message it must be empty, RFC 2920 section 3.1
                 self.send(b".\r\n")
                 self.getreply()
@@ -1995,6 +1995,8 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[
     """Keep who has this message, None where that is unknown, through crashes and power cuts; tell what went wrong."""
     import json
 
+    if identity(path) != which:  # the note of another message, which has come in its place, stays
+        return []
     new = f"{path}.noting"  # shorter than the note's own name, which was tried before anything was sent
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -2054,8 +2056,11 @@ def move_to(sent: str, path: str, which: list[int]) -> None:
             os.rename(target, path)
     finally:
         os.close(folder)
-    with suppress(FileNotFoundError):
-        os.unlink(f"{path}.accepted")
+    if identity(path, follow=False):  # another has come, and the note may be its own
+        return
+    for ending in ("accepted", "noting"):  # the latter is left where a process was killed
+        with suppress(FileNotFoundError):
+            os.unlink(f"{path}.{ending}")
 
 
 def list_files(paths: Iterable[str], *, outbox: bool) -> list[str]:
@@ -2394,11 +2399,11 @@ def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: 
 def run(options: Options, settings: Settings) -> int:
     """Send or print all messages. Returns the exit code; raises Error where none can be sent."""
     files = list_files(options.files, outbox=bool(options.sent))
+    many = len(files) != 1 or bool(options.sent)
+    halted = heed_signals(2 if many else 1)
     if options.sent:
         check_sent(options.sent, files)
     worker, report = Worker(options, settings), Report(options.report) if options.report else None
-    many = len(files) != 1 or bool(options.sent)
-    halted = heed_signals(2 if many else 1)
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
     for outcome in outcomes(worker, files, halted):

@@ -450,6 +450,62 @@ program.os.fsync = full_once
     assert sorted(content_of(out)) == ["a.eml", "a.eml.accepted", "b.eml", "b.eml.accepted"]
 
 
+@pytest.mark.parametrize("later", [True, False], ids=["the other is noted too", "the other is moved"])
+def test_a_note_of_the_message_that_has_come_in_its_place_stays(later: bool, run: Run, serve: Serve, out: Path) -> None:
+    path, codes = out / "a.eml", []
+    path.write_bytes(TO_THREE)
+
+    def replace(_: str) -> str:
+        if len(server.mails) == 1:
+            (out / "new").write_bytes(mail(b"Another\r\n", To=f"{STEVET}, {BOB}"))
+            (out / "new").rename(path)
+            server.answers[TO_BOB] = LATER if later else "250 2.1.5 ok"
+            codes.append(run(*SEND, **to(server)).returncode)
+        return "250 2.0.0 ok"
+
+    server: Faulty = serve({"dot": replace, TO_BOB: LATER})
+    run(*SEND, **to(server))
+    assert codes == [75 if later else 0]
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, **to(server)).returncode == 0
+    others = [[STEVET], [BOB]] if later else [[STEVET, BOB]]
+    assert recipients(server) == [[STEVET, CAROL], *others]
+    assert content_of(out) == {}
+
+
+def test_a_kill_while_a_note_is_written_leaves_nothing_behind_for_ever(run: Run, serve: Serve, out: Path) -> None:
+    (out / "a.eml").write_bytes(TO_THREE)
+    server = serve({TO_BOB: LATER})
+    words = [*patched("import os; program.os.fsync = lambda _: os.kill(os.getpid(), 9)"), *SEND]
+    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert done.returncode == -9
+    assert sorted(content_of(out)) == ["a.eml", "a.eml.noting"]
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, **to(server)).returncode == 0
+    assert content_of(out) == {}
+
+
+def test_a_message_that_comes_right_after_the_move_keeps_its_note(run: Run, serve: Serve, out: Path) -> None:
+    (out / "a.eml").write_bytes(mail(b"First\r\n"))
+    (out.parent / "new").write_bytes(mail(b"Another\r\n", To=f"{STEVET}, {BOB}"))
+    server = serve({TO_BOB: LATER})
+    patch = f"""
+import os, subprocess
+rename = os.rename
+def slow(source, target):
+    rename(source, target)
+    if source == "out/a.eml":
+        rename("new", source)
+        subprocess.run({[sys.executable, str(SCRIPT), *SEND]!r})
+os.rename = slow
+"""
+    subprocess.run([*patched(patch), *SEND], cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    assert recipients(server) == [[STEVET], [STEVET]]
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    assert run(*SEND, **to(server)).returncode == 0
+    assert (recipients(server), content_of(out)) == ([[STEVET], [STEVET], [BOB]], {})
+
+
 def test_too_many_recipients_are_no_partial_acceptance(run: Run, serve: Serve, out: Path) -> None:
     server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number == 3)}, "PIPELINING")
     (out / "a.eml").write_bytes(TO_THREE)

@@ -240,3 +240,14 @@ def test_server_that_closes_among_the_recipients_is_told_as_smtplib_does(send: S
     outcome = send(serve({"RCPT TO:<bob": "421 4.4.5 bye"}), mail(To=f"{STEVET}, {BOB}"))
     assert outcome.err.startswith(f"{{'{BOB}': (421, b'4.4.5 bye')}}\n")
     assert outcome.code == 75
+
+
+@pytest.mark.parametrize(
+    "answers", [{"RCPT": "252 2.1.5 cannot verify, but will take it"}, {"MAIL": "200 ok"}], ids=str
+)
+def test_nobody_gets_an_empty_message_of_a_server_that_may_have_accepted(
+    answers: dict[str, str], send: Send, serve: Serve
+) -> None:
+    server = serve(answers, "PIPELINING")
+    assert send(server).code == 1
+    assert server.mails == []
