@@ -1139,15 +1139,17 @@ class Keyring:
         return self.signer(signer) if signer else None, {each: self.certificate(each) for each in recipients}
 
     def load_signer(self, address: str) -> Signer:
-        """The key of an address, with its certificate and chain from there or from ADDRESS.crt. Raises Error."""
+        """The key of an address, with its certificate and chain from its file and from ADDRESS.crt. Raises Error."""
         path = key_file(self.folder, address, KEY_SUFFIXES, "put the private key there")
         key, certificates = read_keys(path, self.password, private=True)
         if key is None:
             raise Error(f"{path}: this file holds no key that can sign S/MIME", "use RSA or P-256, P-384 or P-521")
         public = key.public_key()
-        if not any(certificate.public_key() == public for certificate in certificates):
-            path = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
-            certificates += read_keys(path)[1]
+        held = any(certificate.public_key() == public for certificate in certificates)
+        if not held or len(certificates) == 1:  # one alone may have its chain there, or the one that renews it
+            with suppress(Error) if held else nullcontext():
+                path = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
+                certificates = list(dict.fromkeys([*certificates, *read_keys(path)[1]]))
         own = [certificate for certificate in certificates if certificate.public_key() == public]
         if not own:
             raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")

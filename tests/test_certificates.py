@@ -428,6 +428,17 @@ def test_pkcs12_needs_its_password_and_to_be_private(
     refused(desk.check(flag, SMIME_KEY_PASSWORD=password), rf"{STEVE}\.{suffix}", words)
 
 
+@pytest.mark.parametrize("days", [365, 5], ids=["its chain", "its successor"])
+def test_what_a_lone_certificate_beside_the_key_lacks_is_in_the_other_file(days: int, desk: Desk) -> None:
+    current = desk.give(leaf(begin=NOW - 8 * DAY))
+    lone = current if days == 365 else desk.authority.issue(STEVE, current.key, NOW - 9 * DAY, days)
+    desk.put("pem", key_pem(current.key) + certificate_pem(lone.certificate))
+    (desk.folder / FILE).write_bytes(current.chain_pem)
+    entity = passed(desk.check(SIGN))
+    desk.openssl.verify(entity)
+    desk.opens(entity, SIGN, current)
+
+
 def test_a_request_beside_the_key_is_no_certificate(desk: Desk) -> None:
     identity = desk.authority.identity(STEVE)
     request = x509.CertificateSigningRequestBuilder().subject_name(distinguished_name("Steve"))
