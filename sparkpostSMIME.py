@@ -1997,10 +1997,10 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[
     """Keep who has this message, None where that is unknown, through crashes and power cuts; tell what went wrong."""
     import json
 
-    if identity(path) != which:  # the note of another message, which has come in its place, stays
-        return []
     new = f"{path}.noting"  # shorter than the note's own name, which was tried before anything was sent
     try:
+        if identity(path) != which:  # the note of another message, which has come in its place, stays
+            return []
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"file": which, "accepted": accepted}, file)
             file.flush()
@@ -2011,10 +2011,9 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[
         os.close(folder)
         return []
     except OSError as error:
-        return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
-    finally:
-        with suppress(OSError):  # there is none where all went well
+        with suppress(OSError):
             os.unlink(new)
+        return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
 
 
 def identity(file: str | int, *, follow: bool = True) -> list[int]:
