@@ -1167,7 +1167,8 @@ class Keyring:
             subject = {each: raw_fields(each)[4] for each in certificates}
             issuer = {each: raw_fields(each)[2] for each in certificates}
             issued = [each for each in certificates if issuer[each] != subject[each]]
-            ends = [each for each in certificates if subject[each] not in [issuer[other] for other in issued]]
+            issuers = [issuer[each] for each in issued]
+            ends = [each for each in certificates if subject[each] not in issuers]
             own = [each for each in ends if each in issued and not is_authority(each)]
             own = own or naming or [each for each in ends if each not in issued]  # a root counts where no leaf is
         chain = [certificate for certificate in certificates if certificate not in own]
