@@ -275,6 +275,14 @@ def test_a_bcc_copy_that_fails_does_not_hide_the_others(send: Send, api: StandIn
     assert b"1902, Message told, Description told" in done.stderr
 
 
+@pytest.mark.parametrize(("size", "code"), [(20_000_000, 0), (20_000_001, 1)])
+def test_a_message_larger_than_the_api_takes_is_refused(size: int, code: int, send: Send, api: StandIn) -> None:
+    header = mail(b"", Date="Fri, 01 Dec 2028 10:00:00 +0000", Message_ID="<1@thetucks.com>", MIME_Version="1.0")
+    done = send(data=header + b"a" * (size - len(header)))
+    assert (done.returncode, [len(each.message) for each in api.requests]) == (code, [size] * (not code))
+    assert (b"use --send_smtp" in done.stderr) == bool(code)
+
+
 # ------------------------------------------------------------------------------------------------------ answers
 
 
@@ -534,11 +542,3 @@ def test_a_host_that_is_none_is_a_clear_error(host: str, send: Send) -> None:
     assert done.stderr.startswith(b"sparkpostSMIME.py: ")
     assert b"SPARKPOST_HOST" in done.stderr
     assert SENT not in done.stderr
-
-
-@pytest.mark.parametrize(("size", "code"), [(20_000_000, 0), (20_000_001, 1)])
-def test_a_message_larger_than_the_api_takes_is_refused(size: int, code: int, send: Send, api: StandIn) -> None:
-    header = mail(b"", Date="Fri, 01 Dec 2028 10:00:00 +0000", Message_ID="<1@thetucks.com>", MIME_Version="1.0")
-    done = send(data=header + b"a" * (size - len(header)))
-    assert (done.returncode, [len(each.message) for each in api.requests]) == (code, [size] * (not code))
-    assert (b"use --send_smtp" in done.stderr) == bool(code)

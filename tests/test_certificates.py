@@ -355,6 +355,12 @@ def test_where_none_is_usable_the_fault_of_each_is_told(flag: str, desk: Desk) -
     desk.opens(passed(desk.check(flag, "--skip_checks", "usage"), FILE), flag, server, expired)
 
 
+@both_ways
+def test_one_without_a_fault_comes_before_a_newer_one_whose_fault_is_skipped(flag: str, desk: Desk) -> None:
+    made = desk.give_two([OLD, FUTURE], flag)
+    desk.opens(passed(desk.check(flag, "--skip_checks", "validity")), flag, made[0], made[1])
+
+
 def test_an_issuer_that_names_an_address_is_not_the_recipient(desk: Desk) -> None:
     key, root_key = (desk.authority.identity(owner).key for owner in (STEVE, BOB))
     name = distinguished_name("Old Root", ["pki@hospital.example"])
@@ -486,9 +492,3 @@ def test_the_certificate_of_an_archive_is_checked(name: str, desk: Desk) -> None
     refused(desk.check(*words, data=mail()), FILE, FAULTS[name].words)
     done = desk.check(*words, "--skip_checks", FAULTS[name].check, data=mail())
     desk.opens(passed(done, FILE), ENCRYPT, identity)
-
-
-@both_ways
-def test_one_without_a_fault_comes_before_a_newer_one_whose_fault_is_skipped(flag: str, desk: Desk) -> None:
-    made = desk.give_two([OLD, FUTURE], flag)
-    desk.opens(passed(desk.check(flag, "--skip_checks", "validity")), flag, made[0], made[1])

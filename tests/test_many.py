@@ -598,6 +598,13 @@ def test_messages_that_break_every_connection_do_not_keep_the_others_back(
     assert (done.returncode, taken(server)) == (75, ["00006", "00007"])
 
 
+def test_a_message_that_gets_through_ends_the_row_of_those_that_do_not(run: Run, serve: Serve, folder: Path) -> None:
+    busy = sometimes(LastWord(BUSY), lambda number: number % 2 == 1)
+    server, files = serve({"connect": busy, "dot": LastWord("250 2.0.0 queued")}), letters(folder / "out", 8)
+    done = run("out", "--send_smtp", **to(server))
+    assert (done.returncode, taken(server)) == (75, names(files[1::2]))
+
+
 # ----------------------------------------------------------------------------------------------- API connections
 
 
@@ -779,10 +786,3 @@ def test_one_tunnel_of_a_proxy_serves_all(send_many: SendMany, api: StandIn) -> 
     with StandIn() as proxy:
         assert send_many(3, Kept, HTTPS_PROXY=proxy.url).returncode == 0
         assert (len(proxy.requests), len(api.requests)) == (1, 3)
-
-
-def test_a_message_that_gets_through_ends_the_row_of_those_that_do_not(run: Run, serve: Serve, folder: Path) -> None:
-    busy = sometimes(LastWord(BUSY), lambda number: number % 2 == 1)
-    server, files = serve({"connect": busy, "dot": LastWord("250 2.0.0 queued")}), letters(folder / "out", 8)
-    done = run("out", "--send_smtp", **to(server))
-    assert (done.returncode, taken(server)) == (75, names(files[1::2]))

@@ -37,6 +37,11 @@ from test_readers import inner
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SEND = ("out", "--send_smtp", "--sent", "sent")
+FULL = """
+def full(descriptor):
+    raise OSError(28, "No space left on device")
+program.os.fsync = full
+"""
 DOOMED = """
 import os
 serve, first = program.serve, "first-worker"
@@ -112,6 +117,12 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 def recipients(server: Faulty) -> list[list[str]]:
     return [each.recipients for each in server.mails if each.content]
+
+
+def run_patched(patch: str, out: Path, server: Faulty, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the program after this patch of it, beside the outbox."""
+    words = [*patched(patch), *arguments]
+    return subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
 
 
 # --------------------------------------------------------------------------------------------------- what is moved
@@ -419,15 +430,52 @@ def test_what_could_not_be_noted_is_no_failure_once_everybody_has_the_message(se
     server = serve({"RCPT": sometimes("452 4.5.3 too many recipients", lambda number: number in (3, 7))})
     for name in "ab":
         (out / f"{name}.eml").write_bytes(TO_THREE)
-    full = """
-def full(descriptor):
-    raise OSError(28, "No space left on device")
-program.os.fsync = full
-"""
-    words = [*patched(full), *SEND]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    done = run_patched(FULL, out, server, *SEND)
     assert (done.returncode, done.stderr, content_of(out)) == (0, b"", {})
     assert recipients(server) == [[STEVET, BOB], [CAROL]] * 2
+
+
+def test_who_has_a_message_but_could_not_be_noted_needs_a_look_and_nothing_more_is_sent(
+    serve: Serve, out: Path
+) -> None:
+    server = serve({TO_BOB: LATER})
+    for name in "ab":
+        (out / f"{name}.eml").write_bytes(TO_THREE)
+    done = run_patched(FULL, out, server, *SEND)
+    assert (done.returncode, recipients(server)) == (1, [[STEVET, CAROL]])
+    assert b"a.eml: who has it cannot be noted: No space left on device" in done.stderr
+    assert b"the outbox cannot be written: the rest is not tried" in done.stdout + done.stderr
+    assert sorted(content_of(out)) == ["a.eml", "b.eml"]
+
+
+def test_what_cannot_be_moved_keeps_who_had_it_before_too(run: Run, serve: Serve, out: Path) -> None:
+    server = serve({TO_BOB: LATER})
+    (out / "a.eml").write_bytes(TO_THREE)
+    assert run(*SEND, **to(server)).returncode == 75
+    server.answers[TO_BOB] = "250 2.1.5 ok"
+    folder = os.open(out.parent / "sent", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # so that nothing can be moved there
+    assert run(*SEND, **to(server)).returncode == 75
+    os.close(folder)
+    assert run(*SEND, **to(server)).returncode == 0
+    assert (recipients(server), content_of(out)) == ([[STEVET, CAROL], [BOB]], {})
+
+
+def test_a_note_is_on_the_disk_before_it_takes_the_place_of_the_last(serve: Serve, out: Path) -> None:
+    (out / "a.eml").write_bytes(TO_THREE)
+    watch = """
+import os, stat
+def told(name, call):
+    def wrapper(*arguments):
+        folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+        print(name, "folder" if folder else "note", file=sys.stderr, flush=True)
+        return call(*arguments)
+    return wrapper
+os.fsync, os.replace = told("fsync", os.fsync), told("replace", os.replace)
+"""
+    done = run_patched(watch, out, serve({TO_BOB: LATER}), *SEND)
+    assert done.returncode == 75
+    assert done.stderr.startswith(b"fsync note\nreplace note\nfsync folder\n")
 
 
 def test_a_note_that_fails_once_does_not_end_the_run(serve: Serve, out: Path) -> None:
@@ -443,8 +491,7 @@ def full_once(descriptor):
     sync(descriptor)
 program.os.fsync = full_once
 """
-    words = [*patched(once), *SEND, "--encrypt"]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    done = run_patched(once, out, server, *SEND, "--encrypt")
     assert (done.returncode, recipients(server)) == (75, [[STEVET], [BOB]] * 2)
     assert b"not tried" not in done.stderr
     assert sorted(content_of(out)) == ["a.eml", "a.eml.accepted", "b.eml", "b.eml.accepted"]
@@ -476,8 +523,7 @@ def test_a_note_of_the_message_that_has_come_in_its_place_stays(later: bool, run
 def test_a_kill_while_a_note_is_written_leaves_nothing_behind_for_ever(run: Run, serve: Serve, out: Path) -> None:
     (out / "a.eml").write_bytes(TO_THREE)
     server = serve({TO_BOB: LATER})
-    words = [*patched("import os; program.os.fsync = lambda _: os.kill(os.getpid(), 9)"), *SEND]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    done = run_patched("import os; program.os.fsync = lambda _: os.kill(os.getpid(), 9)", out, server, *SEND)
     assert done.returncode == -9
     assert sorted(content_of(out)) == ["a.eml", "a.eml.noting"]
     server.answers[TO_BOB] = "250 2.1.5 ok"
@@ -499,7 +545,7 @@ def slow(source, target):
         subprocess.run({[sys.executable, str(SCRIPT), *SEND]!r})
 os.rename = slow
 """
-    subprocess.run([*patched(patch), *SEND], cwd=out.parent, env=to(server), capture_output=True, timeout=30)
+    run_patched(patch, out, server, *SEND)
     assert recipients(server) == [[STEVET], [STEVET]]
     server.answers[TO_BOB] = "250 2.1.5 ok"
     assert run(*SEND, **to(server)).returncode == 0
@@ -605,6 +651,27 @@ def test_a_mistyped_outbox_is_no_empty_one(name: str, run: Run, serve: Serve, ou
     assert (done.returncode, done.stderr) == (1, f"sparkpostSMIME.py: {name}: No such file or directory\n".encode())
 
 
+def test_a_message_that_comes_in_the_place_of_another_before_it_is_read_is_sent_once(
+    run: Run, serve: Serve, out: Path
+) -> None:
+    server, message, new = serve(), out / "a.eml", out.parent / "new"
+    message.write_bytes(TO_THREE)
+    new.write_bytes(TO_THREE.replace(b"Hello", b"Later"))
+    late = """
+import os
+prepare = program.prepare
+def replaced(*arguments):
+    os.rename("new", "out/a.eml")
+    return prepare(*arguments)
+program.prepare = replaced
+"""
+    done = run_patched(late, out, server, *SEND)
+    assert (done.returncode, server.mails) == (75, [])
+    assert b"a.eml: another message has come in its place" in done.stderr
+    assert run(*SEND, **to(server)).returncode == 0
+    assert ([b"Later" in each.content for each in server.mails], content_of(out)) == ([True], {})
+
+
 # -------------------------------------------------------------------------------------------- files and disks at fault
 
 
@@ -690,6 +757,37 @@ def test_a_full_disk_loses_nothing(run: Run, serve: Serve, volume: Path) -> None
     assert run(*arguments, **to(server)).returncode == 0
     assert BOB in recipients(server)[-1]
     assert (content_of(volume / "out"), list(content_of(volume / "sent"))) == ({}, ["a.eml"])
+
+
+def test_a_folder_that_cannot_be_locked_as_on_nfs_is_used_all_the_same(serve: Serve, out: Path) -> None:
+    server, files = serve(), letters(out, 2)
+    nfs = """
+import fcntl
+flock = fcntl.flock
+def without_folders(file, operation):
+    if isinstance(file, int):
+        raise OSError(9, "Bad file descriptor")
+    flock(file, operation)
+fcntl.flock = without_folders
+"""
+    done = run_patched(nfs, out, server, *SEND)
+    assert (done.returncode, done.stderr, taken(server)) == (0, b"", names(files))
+    assert names((out.parent / "sent").iterdir()) == names(files)
+
+
+def test_a_file_that_is_written_over_while_it_is_read_waits_though_it_has_its_size(serve: Serve, out: Path) -> None:
+    server, _ = serve(), letters(out, 1)
+    touch = """
+import itertools, os
+fstat, numbers = os.fstat, itertools.count(1)
+def touched(descriptor):
+    os.utime("out/00001.eml", ns=(next(numbers),) * 2)
+    return fstat(descriptor)
+os.fstat = touched
+"""
+    done = run_patched(touch, out, server, *SEND[:2])
+    assert (done.returncode, server.mails) == (75, [])
+    assert b"00001.eml: this file is being written" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -821,10 +919,9 @@ def test_when_all_workers_are_killed_the_rest_waits_for_the_next_run(start: Star
     assert {*taken(server), *left} == set(names(files))
 
 
-def test_a_worker_that_is_killed_before_it_begins_keeps_no_message_back(serve: Serve, out: Path, folder: Path) -> None:
+def test_a_worker_that_is_killed_before_it_begins_keeps_no_message_back(serve: Serve, out: Path) -> None:
     server, files = serve(), letters(out, 12)
-    words = [*patched(DOOMED), *SEND, "--jobs", "3"]
-    done = subprocess.run(words, cwd=folder, env=to(server), capture_output=True, timeout=30)
+    done = run_patched(DOOMED, out, server, *SEND, "--jobs", "3")
     assert b"Traceback" not in done.stderr
     left = names(out.iterdir())
     assert (done.returncode, sorted([*taken(server), *left])) == (75 if left else 0, names(files))
@@ -916,105 +1013,3 @@ def test_an_outbox_into_postfix_survives_kills_at_random_moments(
     wait_for(lambda: not any(path.is_file() for queue in queues for path in queue.rglob("*")), 60)
     new = [path.read_bytes() for path in (postfix.maildir / "new").iterdir()]
     check([message.replace(b"\n", b"\r\n") for message in new], names(files), 2 * killed, openssl)
-
-
-def test_who_has_a_message_but_could_not_be_noted_needs_a_look_and_nothing_more_is_sent(
-    serve: Serve, out: Path
-) -> None:
-    server = serve({TO_BOB: LATER})
-    for name in "ab":
-        (out / f"{name}.eml").write_bytes(TO_THREE)
-    full = "def full(descriptor): raise OSError(28, 'No space left on device')\nprogram.os.fsync = full"
-    words = [*patched(full), *SEND]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
-    assert (done.returncode, recipients(server)) == (1, [[STEVET, CAROL]])
-    assert b"a.eml: who has it cannot be noted: No space left on device" in done.stderr
-    assert b"the outbox cannot be written: the rest is not tried" in done.stdout + done.stderr
-    assert sorted(content_of(out)) == ["a.eml", "b.eml"]
-
-
-def test_what_cannot_be_moved_keeps_who_had_it_before_too(run: Run, serve: Serve, out: Path) -> None:
-    server = serve({TO_BOB: LATER})
-    (out / "a.eml").write_bytes(TO_THREE)
-    assert run(*SEND, **to(server)).returncode == 75
-    server.answers[TO_BOB] = "250 2.1.5 ok"
-    folder = os.open(out.parent / "sent", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # so that nothing can be moved there
-    assert run(*SEND, **to(server)).returncode == 75
-    os.close(folder)
-    assert run(*SEND, **to(server)).returncode == 0
-    assert (recipients(server), content_of(out)) == ([[STEVET, CAROL], [BOB]], {})
-
-
-def test_a_message_that_comes_in_the_place_of_another_before_it_is_read_is_sent_once(
-    run: Run, serve: Serve, out: Path
-) -> None:
-    server, message, new = serve(), out / "a.eml", out.parent / "new"
-    message.write_bytes(TO_THREE)
-    new.write_bytes(TO_THREE.replace(b"Hello", b"Later"))
-    late = """
-import os
-prepare = program.prepare
-def replaced(*arguments):
-    os.rename("new", "out/a.eml")
-    return prepare(*arguments)
-program.prepare = replaced
-"""
-    words = [*patched(late), *SEND]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
-    assert (done.returncode, server.mails) == (75, [])
-    assert b"a.eml: another message has come in its place" in done.stderr
-    assert run(*SEND, **to(server)).returncode == 0
-    assert ([b"Later" in each.content for each in server.mails], content_of(out)) == ([True], {})
-
-
-def test_a_folder_that_cannot_be_locked_as_on_nfs_is_used_all_the_same(serve: Serve, out: Path) -> None:
-    server, files = serve(), letters(out, 2)
-    nfs = """
-import fcntl
-flock = fcntl.flock
-def without_folders(file, operation):
-    if isinstance(file, int):
-        raise OSError(9, "Bad file descriptor")
-    flock(file, operation)
-fcntl.flock = without_folders
-"""
-    words = [*patched(nfs), *SEND]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
-    assert (done.returncode, done.stderr, taken(server)) == (0, b"", names(files))
-    assert names((out.parent / "sent").iterdir()) == names(files)
-
-
-def test_a_note_is_on_the_disk_before_it_takes_the_place_of_the_last(serve: Serve, out: Path) -> None:
-    (out / "a.eml").write_bytes(TO_THREE)
-    watch = """
-import os, stat
-def told(name, call):
-    def wrapper(*arguments):
-        folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
-        print(name, "folder" if folder else "note", file=sys.stderr, flush=True)
-        return call(*arguments)
-    return wrapper
-os.fsync, os.replace = told("fsync", os.fsync), told("replace", os.replace)
-"""
-    words = [*patched(watch), *SEND]
-    server = serve({TO_BOB: LATER})
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
-    assert done.returncode == 75
-    assert done.stderr.startswith(b"fsync note\nreplace note\nfsync folder\n")
-
-
-def test_a_file_that_is_written_over_while_it_is_read_waits_though_it_has_its_size(serve: Serve, out: Path) -> None:
-    server, _ = serve(), letters(out, 1)
-    touch = """
-import itertools, os
-fstat, numbers = os.fstat, itertools.count(1)
-def touched(descriptor):
-    os.utime("out/00001.eml", ns=(next(numbers),) * 2)
-    return fstat(descriptor)
-os.fstat = touched
-"""
-    words = [*patched(touch), *SEND[:2]]
-    done = subprocess.run(words, cwd=out.parent, env=to(server), capture_output=True, timeout=30)
-    assert (done.returncode, server.mails) == (75, [])
-    assert b"00001.eml: this file is being written" in done.stderr

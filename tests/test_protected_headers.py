@@ -15,6 +15,7 @@ from conftest import BOB, CAROL, SAMPLES, STEVE, STEVET, Run, mail
 from pki import Authority
 from protected import Finder, Leaf, Rendered, fields_of, is_structural, readable, render, text_of, walk
 from readers import Openssl
+from test_readers import inner
 
 MODES = ["--sign", "--sign --opaque", "--encrypt", "--sign --encrypt"]
 HIDDEN = ("comments", "keywords", "thread-topic")  # with --encrypt; the Subject is replaced
@@ -28,7 +29,7 @@ def protect(run: Run, openssl: Openssl, authority: Authority) -> Protect:
     def protect(source: bytes, mode: str) -> tuple[bytes, bytes, Rendered]:
         done = run("-", "--protect_headers", *mode.split(), data=source)
         assert done.returncode == 0, done.stderr
-        payload = done.stdout[done.stdout.index(b"\nContent-Type:") + 1 :]
+        payload = inner(done.stdout)
         if "--encrypt" in mode:
             payload = openssl.decrypt(payload, authority.identity(STEVET))
         if "--sign" in mode:
@@ -240,8 +241,7 @@ def test_windows_1252_that_is_called_latin_1_stays_as_it_is(run: Run, openssl: O
     text = b"5 \x80 \x93now\x94\r\n"
     data = mail(b"", MIME_Version="1.0")[:-2] + encoded("text/plain; charset=iso-8859-1", text, "8bit")
     done = run("-", "--encrypt", "--protect_headers", data=data)
-    entity = done.stdout[done.stdout.index(b"\nContent-Type:") + 1 :]
-    payload = message_from_bytes(openssl.decrypt(entity, authority.identity(STEVET)))
+    payload = message_from_bytes(openssl.decrypt(inner(done.stdout), authority.identity(STEVET)))
     assert (payload.get_param("charset"), payload.get_param("hp-legacy-display")) == ("iso-8859-1", None)
     assert payload.get_payload(decode=True) == text
 

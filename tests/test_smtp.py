@@ -225,6 +225,14 @@ def test_eight_bit_text_is_declared_where_that_is_offered(
     assert server.mails[0].content.endswith("\r\n\r\nGrüße\r\n".encode())
 
 
+@pytest.mark.parametrize("option", ["--recipient", "--return_path"])
+def test_address_outside_ascii_of_the_command_line_is_an_error_elsewhere(option: str, send: Send, serve: Serve) -> None:
+    server = serve()
+    outcome = send(server, mail(), option, "jörg@x.example")
+    assert (outcome.code, b"mail from" in server.heard.lower()) == (1, False)
+    assert "does not offer SMTPUTF8" in outcome.err
+
+
 # --------------------------------------------------------------------------------------------- encrypted with Bcc
 
 
@@ -258,11 +266,3 @@ def test_missing_certificate_of_a_bcc_recipient_stops_everything(send: Send, ser
     outcome = send(server, mail(Bcc=CAROL), "--encrypt")
     assert (outcome.code, outcome.out, server.heard) == (1, "", b"")
     assert f"{CAROL}.crt not found" in outcome.err
-
-
-@pytest.mark.parametrize("option", ["--recipient", "--return_path"])
-def test_address_outside_ascii_of_the_command_line_is_an_error_elsewhere(option: str, send: Send, serve: Serve) -> None:
-    server = serve()
-    outcome = send(server, mail(), option, "jörg@x.example")
-    assert (outcome.code, b"mail from" in server.heard.lower()) == (1, False)
-    assert "does not offer SMTPUTF8" in outcome.err

@@ -88,6 +88,36 @@ def test_all_refused_is_temporary_only_when_every_refusal_is(second: str, code: 
     assert (outcome.code, server.mails) == (code, [])
 
 
+@pytest.mark.parametrize("extensions", [[], ["PIPELINING"]], ids=str)
+def test_recipient_to_whom_the_server_forwards_has_the_message(extensions: list[str], send: Send, serve: Serve) -> None:
+    server = serve({"RCPT": "251 2.1.5 not here, will forward"}, *extensions)
+    outcome = send(server)
+    assert (outcome.code, outcome.err, [each.recipients for each in server.mails]) == (0, "", [[STEVET]])
+
+
+def test_nothing_is_said_to_a_server_that_closes(send: Send, serve: Serve) -> None:
+    server = serve({"MAIL": "421 4.3.2 too busy"})
+    assert send(server).code == 75
+    assert server.heard.lower().endswith(b"mail from:<%b>\r\n" % STEVE.encode())
+
+
+def test_server_that_closes_among_the_recipients_is_told_as_smtplib_does(send: Send, serve: Serve) -> None:
+    outcome = send(serve({"RCPT TO:<bob": "421 4.4.5 bye"}), mail(To=f"{STEVET}, {BOB}"))
+    assert outcome.err.startswith(f"{{'{BOB}': (421, b'4.4.5 bye')}}\n")
+    assert outcome.code == 75
+
+
+@pytest.mark.parametrize(
+    "answers", [{"RCPT": "252 2.1.5 cannot verify, but will take it"}, {"MAIL": "200 ok"}], ids=str
+)
+def test_nobody_gets_an_empty_message_of_a_server_that_may_have_accepted(
+    answers: dict[str, str], send: Send, serve: Serve
+) -> None:
+    server = serve(answers, "PIPELINING")
+    assert send(server).code == 1
+    assert server.mails == []
+
+
 # ------------------------------------------------------------------------- servers that are away, or fall silent
 
 
@@ -215,39 +245,9 @@ def test_connection_lost_between_copies_is_told_truly(stage: str, send: Send, se
     assert outcome.code == 75
 
 
-@pytest.mark.parametrize("extensions", [[], ["PIPELINING"]], ids=str)
-def test_recipient_to_whom_the_server_forwards_has_the_message(extensions: list[str], send: Send, serve: Serve) -> None:
-    server = serve({"RCPT": "251 2.1.5 not here, will forward"}, *extensions)
-    outcome = send(server)
-    assert (outcome.code, outcome.err, [each.recipients for each in server.mails]) == (0, "", [[STEVET]])
-
-
 def test_patience_for_the_answer_to_a_message_ends_with_it(send: Send, serve: Serve) -> None:
     server = serve({"MAIL": sometimes(Fault.SILENCE, lambda number: number == 2)})
     began = time.monotonic()
     outcome = send(server, mail(Bcc=CAROL), "--encrypt", patch=QUICK.replace("1, 3", "1, 20"))
     assert (outcome.code, len(server.mails)) == (0, 2)
     assert time.monotonic() - began < 10
-
-
-def test_nothing_is_said_to_a_server_that_closes(send: Send, serve: Serve) -> None:
-    server = serve({"MAIL": "421 4.3.2 too busy"})
-    assert send(server).code == 75
-    assert server.heard.lower().endswith(b"mail from:<%b>\r\n" % STEVE.encode())
-
-
-def test_server_that_closes_among_the_recipients_is_told_as_smtplib_does(send: Send, serve: Serve) -> None:
-    outcome = send(serve({"RCPT TO:<bob": "421 4.4.5 bye"}), mail(To=f"{STEVET}, {BOB}"))
-    assert outcome.err.startswith(f"{{'{BOB}': (421, b'4.4.5 bye')}}\n")
-    assert outcome.code == 75
-
-
-@pytest.mark.parametrize(
-    "answers", [{"RCPT": "252 2.1.5 cannot verify, but will take it"}, {"MAIL": "200 ok"}], ids=str
-)
-def test_nobody_gets_an_empty_message_of_a_server_that_may_have_accepted(
-    answers: dict[str, str], send: Send, serve: Serve
-) -> None:
-    server = serve(answers, "PIPELINING")
-    assert send(server).code == 1
-    assert server.mails == []

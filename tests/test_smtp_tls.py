@@ -242,6 +242,13 @@ def test_password_without_user_is_not_sent(send: Send, serve: Serve) -> None:
     assert not heard_password(server)
 
 
+def test_password_is_not_sent_to_a_localhost_that_is_elsewhere(send: Send, serve: Serve) -> None:
+    server = serve({}, "AUTH PLAIN")
+    outcome = send(server, patch="socket.socket.getpeername = lambda self: ('192.0.2.1', 25)", **LOGIN)
+    assert (outcome.code, heard_password(server)) == (1, False)
+    assert "a password is not sent over a plain connection" in outcome.err
+
+
 # ------------------------------------------------------------------------------------------------------- login
 
 
@@ -310,10 +317,3 @@ def test_password_of_any_characters_logs_in_and_is_not_printed(password: str, se
     assert base64_of(f"\0{USER}\0{password}").encode() in server.heard
     assert outcome.code == 1
     assert f"5.7.8 {'*' * 40} is wrong" in outcome.err
-
-
-def test_password_is_not_sent_to_a_localhost_that_is_elsewhere(send: Send, serve: Serve) -> None:
-    server = serve({}, "AUTH PLAIN")
-    outcome = send(server, patch="socket.socket.getpeername = lambda self: ('192.0.2.1', 25)", **LOGIN)
-    assert (outcome.code, heard_password(server)) == (1, False)
-    assert "a password is not sent over a plain connection" in outcome.err
