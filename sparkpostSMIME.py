@@ -1089,10 +1089,11 @@ def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tup
     fields = with_parameter(fields, b"hp-legacy-display", b"")
     encoding = transfer_encoding(fields)
     try:
-        text = decoded(body, encoding).decode(content_type(fields).get_content_charset("us-ascii"))
+        charset = content_type(fields).get_content_charset("us-ascii")
+        text = decoded(body, encoding).decode(charset)
     except (LookupError, ValueError, TypeError):
         return fields, body
-    if not line or re.search(r"[\x80-\x9f]", text):  # what is called Latin-1 and is not would become other text
+    if not line or ("utf" not in charset and re.search(r"[\x80-\x9f]", text)):  # no Latin-1, but called so
         return fields, body
     if not field_texts(fields, "content-type"):
         fields = [b"Content-Type: text/plain", *fields]
@@ -1147,9 +1148,13 @@ class Keyring:
         public = key.public_key()
         held = any(certificate.public_key() == public for certificate in certificates)
         if not held or len(certificates) == 1:  # one alone may have its chain there, or the one that renews it
+            beside = ""
             with suppress(Error) if held else nullcontext():
-                path = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
-                certificates = list(dict.fromkeys([*certificates, *read_keys(path)[1]]))
+                beside = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
+            more = read_keys(beside)[1] if beside else []
+            if not held or any(each.public_key() == public for each in more):
+                path = beside
+            certificates = list(dict.fromkeys([*certificates, *more]))
         own = [certificate for certificate in certificates if certificate.public_key() == public]
         if not own:
             raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
@@ -1161,16 +1166,7 @@ class Keyring:
         cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        naming = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
-        own = [each for each in naming if not is_authority(each)]  # a CA of one's own may name the address too
-        if not own:  # those that issued none of the others
-            subject = {each: raw_fields(each)[4] for each in certificates}
-            issuer = {each: raw_fields(each)[2] for each in certificates}
-            issued = [each for each in certificates if issuer[each] != subject[each]]
-            issuers = [issuer[each] for each in issued]
-            ends = [each for each in certificates if subject[each] not in issuers]
-            own = [each for each in ends if each in issued and not is_authority(each)]
-            own = own or naming or [each for each in ends if each not in issued]  # a root counts where no leaf is
+        own = owned(address, certificates)
         chain = [certificate for certificate in certificates if certificate not in own]
         return self.choose(own, chain, address, path, "encryption")
 
@@ -1283,6 +1279,22 @@ def load_bag(data: bytes, password: str) -> tuple[object, Certificates]:
     except ValueError:
         bag = load_pkcs12(data, None)
     return bag.key, [each.certificate for each in (bag.cert, *bag.additional_certs) if each]
+
+
+def owned(address: str, certificates: Certificates) -> Certificates:
+    """Those of the certificates that may be the address's own, rather than an issuer's of another one."""
+    issuer, subject = ({each: raw_fields(each)[place] for each in certificates} for place in (2, 4))
+    issued = [each for each in certificates if issuer[each] != subject[each]]  # by another
+    issuers = [issuer[each] for each in issued]
+    ends = [each for each in certificates if subject[each] not in issuers]
+    leaves = [each for each in certificates if not is_authority(each)]
+    naming = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
+    return (
+        [each for each in naming if each in ends or each in leaves]  # a CA of one's own may name the address too
+        or [each for each in ends if each in leaves and each in issued]
+        or naming
+        or [each for each in ends if each not in issued]  # a root counts where no leaf is
+    )
 
 
 def raw_fields(certificate: x509.Certificate) -> list[bytes]:
@@ -2011,9 +2023,11 @@ def write_note(path: str, which: list[int], accepted: list[str] | None) -> list[
         os.fsync(folder)
         os.close(folder)
         return []
-    except OSError as error:
+    except (OSError, KeyboardInterrupt) as error:
         with suppress(OSError):
             os.unlink(new)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return [f"{PROGRAM}: {path}: who has it cannot be noted: {error.strerror} - the next run may send it again"]
 
 
@@ -2402,10 +2416,10 @@ def run(options: Options, settings: Settings) -> int:
     """Send or print all messages. Returns the exit code; raises Error where none can be sent."""
     files = list_files(options.files, outbox=bool(options.sent))
     many = len(files) != 1 or bool(options.sent)
+    worker, report = Worker(options, settings), Report(options.report) if options.report else None
     halted = heed_signals(2 if many else 1)
     if options.sent:
         check_sent(options.sent, files)
-    worker, report = Worker(options, settings), Report(options.report) if options.report else None
     started, counts, told = perf_counter(), dict.fromkeys((EXIT_OK, EXIT_FAILED, EXIT_TEMPORARY, None), 0), set[str]()
     terminal = many and not options.quiet and os.isatty(2)
     for outcome in outcomes(worker, files, halted):

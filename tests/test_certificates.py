@@ -392,6 +392,46 @@ def test_an_issuer_that_names_the_recipient_is_not_encrypted_to(
         desk.opens(passed(done, *warnings), ENCRYPT, Identity(STEVE, key, own, desk.authority), root)
 
 
+NAMELESS = {"san": []}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        leaf(begin=NOW - 300 * DAY, days=200),
+        leaf(begin=NOW - 100 * DAY),
+        leaf(san=[MALLORY]),
+        leaf(begin=NOW - 300 * DAY, days=200, **NAMELESS),
+        leaf(begin=NOW - 100 * DAY, **NAMELESS),
+        lambda authority, key: replace(authority.issue(STEVE, key), certificate=authority.root),
+    ],
+    ids=["expired", "older", "another's", "expired, without address", "older, without address", "a root"],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_certificate_that_certifies_itself_is_the_recipients_own(other: Make, first: int, desk: Desk) -> None:
+    """As openssl req -x509 makes it: of an authority, by default."""
+    keys = [desk.authority.identity(owner).key for owner in (STEVE, BOB)]
+    name = distinguished_name("Steve")
+    own = certify(
+        name, keys[0], name, keys[0], authority=True, names=[x509.RFC822Name(STEVE)], usages=[], begin=NOW - DAY
+    )
+    beside = other(desk.authority, keys[1])
+    certificates = [own, beside.certificate]
+    (desk.folder / FILE).write_bytes(b"".join(map(certificate_pem, certificates[:: 1 - 2 * first])))
+    entity = passed(desk.run("-", ENCRYPT, data=MAIL))
+    desk.opens(entity, ENCRYPT, Identity(STEVE, keys[0], own, desk.authority))
+
+
+def test_a_newer_root_is_no_rival_of_the_authority_that_is_ones_own(desk: Desk) -> None:
+    (key, root_key), names = (desk.authority.identity(owner).key for owner in (STEVE, BOB)), [x509.RFC822Name(STEVE)]
+    name = distinguished_name("Root")
+    root = certify(name, root_key, name, root_key, authority=True, names=names, usages=[], begin=NOW - DAY)
+    own = certify(distinguished_name("Steve"), key, name, root_key, authority=True, names=names, usages=[])
+    (desk.folder / FILE).write_bytes(certificate_pem(own) + certificate_pem(root))
+    entity = passed(desk.run("-", ENCRYPT, data=MAIL))
+    desk.opens(entity, ENCRYPT, *(Identity(STEVE, k, c, desk.authority) for k, c in ((key, own), (root_key, root))))
+
+
 # ------------------------------------------------------------------------------------------------- forms of files
 
 
@@ -443,6 +483,23 @@ def test_what_a_lone_certificate_beside_the_key_lacks_is_in_the_other_file(days:
     entity = passed(desk.check(SIGN))
     desk.openssl.verify(entity)
     desk.opens(entity, SIGN, current)
+
+
+def test_the_file_of_the_faulty_certificate_is_named(desk: Desk) -> None:
+    """The other file, in which its chain is, holds nothing that is at fault."""
+    expired = desk.authority.issue(STEVE, desk.authority.identity(STEVE).key, NOW - 9 * DAY, 5)
+    desk.put("pem", key_pem(expired.key) + certificate_pem(expired.certificate))
+    (desk.folder / FILE).write_bytes(certificate_pem(desk.authority.intermediate))
+    refused(desk.check(SIGN), rf"{STEVE}\.pem: this certificate", "valid from")
+
+
+def test_a_file_beside_that_of_the_key_is_not_passed_over_where_it_cannot_be_read(desk: Desk) -> None:
+    identity = desk.authority.identity(STEVE)
+    desk.put("pem", key_pem(identity.key) + certificate_pem(identity.certificate))
+    (desk.folder / FILE).write_bytes(b"junk")
+    refused(desk.run("-", SIGN, data=MAIL), FILE, "no certificate can be read")
+    (desk.folder / FILE).unlink()
+    desk.opens(passed(desk.run("-", SIGN, data=MAIL)), SIGN, identity)
 
 
 def test_a_request_beside_the_key_is_no_certificate(desk: Desk) -> None:

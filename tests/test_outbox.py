@@ -520,6 +520,13 @@ def test_a_note_of_the_message_that_has_come_in_its_place_stays(later: bool, run
     assert content_of(out) == {}
 
 
+def test_an_interrupt_while_a_note_is_written_leaves_nothing_behind(serve: Serve, out: Path) -> None:
+    (out / "a.eml").write_bytes(TO_THREE)
+    twice = "import os; program.os.fsync = lambda _: [os.kill(os.getpid(), 2) for _ in range(2)]"
+    assert run_patched(twice, out, serve({TO_BOB: LATER}), *SEND).returncode == 75
+    assert sorted(content_of(out)) == ["a.eml"]
+
+
 def test_a_kill_while_a_note_is_written_leaves_nothing_behind_for_ever(run: Run, serve: Serve, out: Path) -> None:
     (out / "a.eml").write_bytes(TO_THREE)
     server = serve({TO_BOB: LATER})

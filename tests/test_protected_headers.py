@@ -237,6 +237,11 @@ def test_every_text_shows_every_subject(subject: str, protect: Protect) -> None:
     assert all(leaf.element for leaf in protect(source, "--sign --encrypt")[2].leaves)
 
 
+def test_a_control_character_in_unicode_keeps_no_subject_out(protect: Protect) -> None:
+    text = encoded("text/plain; charset=utf-8", "it\u00e2\u0080\u0099s\u0085".encode(), "8bit")
+    assert [leaf.element for leaf in protect(letter(text.decode()), "--encrypt")[2].leaves] != [""]
+
+
 def test_windows_1252_that_is_called_latin_1_stays_as_it_is(run: Run, openssl: Openssl, authority: Authority) -> None:
     text = b"5 \x80 \x93now\x94\r\n"
     data = mail(b"", MIME_Version="1.0")[:-2] + encoded("text/plain; charset=iso-8859-1", text, "8bit")

@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from email import message_from_bytes
 from pathlib import Path
 
@@ -474,3 +475,25 @@ def test_a_signal_ends_a_single_message_with_one_line(
             process.kill()
     assert (process.returncode, told.count(b"\n")) == (75, 1), told
     assert re.fullmatch(rb"sparkpostSMIME\.py: [^\n]*may have been sent\n", told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_that_waits_before_its_first_message(number: signal.Signals, folder: Path) -> None:
+    os.mkfifo(folder / "roots")
+    ends: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # as long as nobody reads
+            ends.append(os.open(folder / "roots", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(ends)
+
+    words: list[str | Path] = [sys.executable, SCRIPT, "a.eml", "b.eml", "--ca_file", "roots"]
+    with subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE) as process:
+        try:
+            wait_for(is_read)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    os.close(*ends)
+    assert (process.returncode, told) == (-number, b"")
