@@ -184,6 +184,7 @@ class Error(Exception):
     """
 
     exit_code = EXIT_FAILED
+    replies: Mapping[str, str] = {}  # of an SMTP server, to each recipient
 
     def __init__(self, message: str, hint: str = "", *, prefix: str = f"{PROGRAM}: ") -> None:
         self.text = f"{message} - {hint}" if hint else message
@@ -337,11 +338,9 @@ class Receipt(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A message made ready: its copies, with the envelope of each, and what a report says of it."""
+    """A message made ready: its copies, with the envelope of each, and the lines that tell who it is from and for."""
 
     copies: list[tuple[bytes, Envelope]]
-    sender: str
-    identifier: str
     people: list[str]
 
     @property
@@ -1772,8 +1771,10 @@ def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[
         reason = without_secrets(f"{where}: {getattr(error, 'strerror', None) or error}", settings)
         if session and session.handed_over:
             raise Lost(f"{reason}; the message may have been sent", "look before sending it again") from None
+        replies: Answers = {}
         if isinstance(error, smtplib.SMTPRecipientsRefused):
-            codes = [code for code, _ in error.recipients.values()]
+            replies = error.recipients
+            codes = [code for code, _ in replies.values()]
         elif isinstance(error, smtplib.SMTPResponseException):
             codes = [error.smtp_code]
         elif isinstance(error, smtplib.SMTPException) and not isinstance(error, smtplib.SMTPServerDisconnected):
@@ -1781,7 +1782,9 @@ def smtp_errors(settings: Settings, session: Session | None = None) -> Iterator[
         else:
             raise (gone if isinstance(error, OSError) else final)(reason, cure) from None
         kind = temporary if all(400 <= code < 500 for code in codes) else final
-        raise (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="") from None
+        told = (gone if 421 in codes else kind)(without_secrets(str(error), settings), prefix="")
+        told.replies = {each: without_secrets(str(answer), settings) for each, answer in replies.items()}
+        raise told from None
 
 
 def without_secrets(answer: str, settings: Settings) -> str:
@@ -2115,27 +2118,35 @@ def check_sent(sent: str, files: Iterable[str]) -> None:
 # ----------------------------------------------------------------------------------------------------- program
 
 
-def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyring) -> Prepared:
-    """Read a message and make it ready for those who have not accepted it yet. Raises Error."""
+def prepare(
+    path: str, accepted: Sequence[str], options: Options, keyring: Keyring, record: dict[str, object]
+) -> Prepared:
+    """Read a message and make it ready for those who have not accepted it yet. Raises Error.
+
+    Message-ID and sender go into the `record` as soon as they are known.
+    """
     raw = read_file(path)
     fields, blank, body = split_entity(raw)
     line_end = CRLF if raw[: raw.find(b"\n") + 1].endswith(CRLF) else b"\n"
     del raw
     if not blank and not options.recipient:
         refuse_stray_recipients(body)
+    record["message_id"] = next(iter(field_texts(fields, "message-id")), None)
     envelope = read_envelope(fields, options.return_path, options.recipient)
+    record["sender"] = envelope.sender
     people = [f"{name}: {text}" for name in ("From", "To", "Cc", "Bcc") for text in field_texts(fields, name.lower())]
     served = audience(envelope, accepted, options, keyring.remarks)
     from_address = author(fields, "from", "sender")
     everybody = [*served.recipients, *served.hidden, *options.archive] if options.encrypt else []
     signer, certificates = keyring.load(from_address if options.sign else "", everybody)
     header = outer_fields(fields, options, domain=from_address.rpartition("@")[2])
+    record["message_id"] = field_texts(header, "message-id")[0]
     clear = options.sign and not options.opaque
     entity = make_entity(fields, body, clear=clear) if options.protects else CRLF + to_crlf(body)
     del body
     if options.protect_headers:
         entity, header = protect_headers(entity, header, hide=options.encrypt)
-        if clear and not is_fit(entity, clear=True):
+        if clear and not options.encrypt and not is_fit(entity, clear=True):
             raise Error("a header field is unfit for a clear signature", "use --opaque")
     strong = options.rsa_padding == "pss_oaep"
     if signer:
@@ -2150,7 +2161,7 @@ def prepare(path: str, accepted: Sequence[str], options: Options, keyring: Keyri
         else:
             content = head + entity
         copies.append((content if options.sends or line_end == CRLF else content.replace(CRLF, line_end), copy))
-    return Prepared(copies, envelope.sender, field_texts(header, "message-id")[0], people)
+    return Prepared(copies, people)
 
 
 def refuse_stray_recipients(body: bytes) -> None:
@@ -2232,10 +2243,10 @@ class Worker:
         if self.hopeless:
             reason = f"{self.hopeless}: the rest is not tried"
             return Outcome(path, EXIT_TEMPORARY, {"error": reason}, [reason])
-        sent = self.options.sent
+        sent, record = self.options.sent, dict[str, object]()
         try:
             with locked(path, sent) if sent else nullcontext(list[int]()) as which:
-                outcome = self.deliver(path, which)
+                outcome = self.deliver(path, which, record)
         except Elsewhere:
             return Outcome(path, None, {})
         except Error as error:
@@ -2243,16 +2254,16 @@ class Worker:
         if self.shut_out >= ENOUGH_FAILURES:
             self.hopeless = f"{ENOUGH_FAILURES} messages in a row found no way into the server"
         remarks, self.keyring.remarks = self.keyring.remarks, []
-        return outcome._replace(remarks=remarks)
+        return outcome._replace(remarks=remarks, record={**record, **outcome.record})
 
-    def deliver(self, path: str, which: list[int]) -> Outcome:
+    def deliver(self, path: str, which: list[int], record: dict[str, object]) -> Outcome:
         """Deliver the copies of a message; one failure keeps no other back. Raises Error before anything was sent.
 
         In an outbox, keep who has it, or move it once everybody has.
         """
         sent = self.options.sent
         had = read_note(path, which) if sent else []
-        message = prepare(path, had, self.options, self.keyring)
+        message = prepare(path, had, self.options, self.keyring, record)
         if sent and identity(path) != which:
             raise TemporaryError(f"{path}: another message has come in its place", "the next run sends that")
         total, unmoved, unnoted, started = Receipt((), {}), list[str](), list[str](), perf_counter()
@@ -2282,7 +2293,7 @@ class Worker:
             receipt = self.transport.deliver(content, envelope)
         except Error as error:
             self.shut_out = self.shut_out + 1 if isinstance(error, Unreachable) else 0
-            reasons = dict.fromkeys(envelope.recipients, error.text)
+            reasons = {each: error.replies.get(wire_address(each), error.text) for each in envelope.recipients}
             temporary, lost = error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
             return Receipt((), reasons, [str(error)], temporary, lost)
         self.shut_out = 0
@@ -2309,8 +2320,6 @@ class Worker:
             again = total.temporary and not troubles and (self.options.sent or not total.reached)
             code = EXIT_TEMPORARY if again else EXIT_FAILED
         record = {
-            "message_id": message.identifier,
-            "sender": message.sender,
             "accepted": total.accepted,
             "refused": total.refused,
             "error": "; ".join(errors) or None,

@@ -41,6 +41,7 @@ BANNER = r"Opened SMTP connection \(plain\)\nHost: localhost\nPort: \d+\nUser: \
 MESSAGE = rf"Sending: {{}}\nFrom: Steve <{STEVE}>\nTo: SteveT <{STEVET}>\n"
 SendMany = Callable[..., "subprocess.CompletedProcess[bytes]"]
 OK = r"OK - in \d+\.\d{3} seconds\n"
+NOBODY = "nobody@thetucks.com"
 LATER, SPAM, BUSY = "451 4.3.0 later", "554 5.7.1 spam", "421 4.3.2 too busy"
 
 
@@ -272,6 +273,29 @@ def test_the_report_has_an_object_for_every_message(run: Run, serve: Serve, fold
     assert [each["id"] for each in objects] == [None] * 4
     assert [each["attempts"] for each in objects[:3]] == [1, 1, 1]
     assert all(0 <= each["seconds"] < 20 for each in objects)
+
+
+def test_the_report_tells_everybodys_own_reply(run: Run, serve: Serve, folder: Path) -> None:
+    server = serve({f"RCPT TO:<{STEVET}": "550 5.1.1 unknown", f"RCPT TO:<{BOB}": LATER})
+    data = mail(To=f"{STEVET}, {BOB}")
+    assert run("-", "--send_smtp", "--report", "report", data=data, **to(server)).returncode == 1
+    refused = json.loads((folder / "report").read_text())["refused"]
+    assert refused == {STEVET: "(550, b'5.1.1 unknown')", BOB: "(451, b'4.3.0 later')"}
+
+
+@pytest.mark.parametrize(
+    ("recipient", "identifier", "sender"),
+    [(NOBODY, "<n1@thetucks.com>", STEVE), (NOBODY, None, STEVE), ("@", "<n1@thetucks.com>", None)],
+    ids=["no certificate", "no Message-ID", "unreadable"],
+)
+def test_the_report_names_a_message_that_cannot_be_sent(
+    recipient: str, identifier: str | None, sender: str | None, run: Run, serve: Serve, folder: Path
+) -> None:
+    (folder / "a.eml").write_bytes(mail(To=recipient, Message_ID=identifier))
+    assert run("a.eml", "--encrypt", "--send_smtp", "--report", "report", **to(serve())).returncode == 1
+    record = json.loads((folder / "report").read_text())
+    assert (record["message_id"], record["sender"], record["attempts"]) == (identifier, sender, 0)
+    assert recipient in record["error"]
 
 
 def test_the_report_grows_as_messages_end_and_from_run_to_run(run: Run, serve: Serve, folder: Path) -> None:

@@ -137,6 +137,20 @@ def test_the_other_fields_outside_stay_as_they_are(mode: str, run: Run) -> None:
     assert protected == plain
 
 
+@pytest.mark.parametrize("field", ["jörg@example.com", f"{'x' * 1200}@example.com"], ids=["outside ASCII", "long"])
+def test_what_no_server_carries_unaltered_may_stand_under_encryption(
+    field: str, run: Run, openssl: Openssl, authority: Authority
+) -> None:
+    data = mail(Reply_To=field)
+    done = run("-", "--sign", "--protect_headers", data=data)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"--opaque" in done.stderr
+    done = run("-", "--sign", "--encrypt", "--protect_headers", data=data)
+    assert (done.returncode, done.stderr) == (0, b"")
+    payload = openssl.verify(openssl.decrypt(inner(done.stdout), authority.identity(STEVET)))
+    assert re.search(rb"\r\nReply-To:\s+" + field.encode(), payload)
+
+
 def test_without_a_signature_or_encryption_the_command_line_is_wrong(run: Run) -> None:
     done = run("-", "--protect_headers", data=mail())
     assert (done.returncode, done.stdout) == (2, b"")
