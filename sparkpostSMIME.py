@@ -1815,7 +1815,6 @@ class Api:
         """Raises Error when the API refuses the message as a whole."""
         import json
 
-        self.attempts += 1
         if len(message) > LARGEST_CONTENT:
             what = f"the API takes no message over {LARGEST_CONTENT} bytes, this has {len(message)}"
             raise Error(what, "use --send_smtp")
@@ -1864,6 +1863,8 @@ class Api:
         except (HTTPException, OSError) as error:
             reason = without_secrets(f"{host}: {error}; the message may have been sent", self.settings)
             raise Lost(reason, "look before sending it again") from None
+        finally:
+            self.attempts += self.handler.connection.reached
         reply = b""
         with response, suppress(HTTPException, OSError, ValueError):  # as of a chunk of -5 bytes
             reply = response.read(LARGEST_REPLY + 1)
@@ -2301,10 +2302,10 @@ class Worker:
 
     def conclude(self, path: str, message: Prepared, total: Receipt, troubles: list[str], seconds: float) -> Outcome:
         """What to tell of a message: `total` became of its copies, and there were these troubles with the outbox."""
-        lines, self.transport.opened = self.transport.opened, []
         attempts, self.transport.attempts = self.transport.attempts, 0
+        lines = list[str]()
         if attempts:
-            lines += [f"Sending: {path}", *message.people]
+            lines, self.transport.opened = [*self.transport.opened, f"Sending: {path}", *message.people], []
         errors = [*total.errors, *troubles]
         missed = [each for each in total.refused if not any(f"{each!r}: (" in line for line in total.errors)]
         if total.reached and missed and not total.unknown:

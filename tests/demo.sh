@@ -21,7 +21,7 @@ ln -s "$repository/sparkpostSMIME.py" "$repository/tests" .
 
 printf '\n# Throwaway keys: a private key for Steve, who signs; a certificate for SteveT, who can decrypt\n'
 for address in steve@thetucks.com steve.tuck@sparkpost.com; do
-    show openssl req -x509 -newkey rsa:2048 -noenc -days 1 -subj "/CN=$address" -addext "subjectAltName=email:$address" \
+    show openssl req -x509 -newkey rsa:2048 -noenc -days 365 -subj "/CN=$address" -addext "subjectAltName=email:$address" \
         -keyout "$address.pem" -out "$address.crt" 2>/dev/null
 done
 
