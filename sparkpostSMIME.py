@@ -703,6 +703,7 @@ ENCODED_WORD = rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?="
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
 FOLDABLE = rb"(?=.{%d})(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
+TIGHT_COMMA = rb"(?s)(%b)|,(?=[^ \t])" % BYTES_QUOTED
 CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
 
 
@@ -740,9 +741,17 @@ def fit_field(field: bytes) -> bytes:
 
 
 def fold(field: bytes) -> bytes:
-    """Fold the lines of more than 998 bytes in a field before the white space in them (RFC 5322 section 2.2.3)."""
-    lines = field.split(CRLF)
-    return CRLF.join(re.sub(FOLDABLE, rb"\1\r\n", line) if len(line) > LONGEST_LINE else line for line in lines)
+    """Fold the lines of more than 998 bytes in a field before the white space in them (RFC 5322 section 2.2.3).
+
+    A list of addresses may have white space after each comma, and gets it where such a line has none.
+    """
+
+    def folded(line: bytes) -> bytes:
+        if field_name(field) in ADDRESS_FIELDS:
+            line = re.sub(TIGHT_COMMA, lambda match: match[1] or b", ", line)
+        return re.sub(FOLDABLE, rb"\1\r\n", line)
+
+    return CRLF.join(folded(line) if len(line) > LONGEST_LINE else line for line in field.split(CRLF))
 
 
 def encode_words(value: bytes, token: bytes) -> bytes:

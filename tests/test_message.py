@@ -357,6 +357,14 @@ def test_a_control_character_in_a_header_field_becomes_a_blank() -> None:
     assert outer_fields(b"Subject: a\0b\r\n")[0] == b"Subject: a b"
 
 
+def test_a_long_list_of_addresses_is_folded_after_commas(run: Run) -> None:
+    names = [f'"Doe, {number}" <u{number}@thetucks.com>' for number in range(200)]
+    field = f"To: {','.join(names)}".encode()
+    folded = header_of(printed(run, mail(To=None).replace(b"Subject:", field + b"\r\nSubject:")))[1]
+    assert folded.replace(b"\r\n", b"").replace(b">, ", b">,") == field
+    assert max(map(len, folded.split(b"\r\n"))) <= 998
+
+
 @pytest.mark.parametrize("length", range(990, 1003))
 def test_a_folded_line_has_998_bytes_at_most(length: int) -> None:
     field = outer_fields(b"X-A: " + b"a" * (length - 5) + b" " + b"b" * 20 + b"\r\n")[0]
