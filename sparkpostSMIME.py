@@ -1154,16 +1154,20 @@ class Keyring:
         if key is None:
             raise Error(f"{path}: this file holds no key that can sign S/MIME", "use RSA or P-256, P-384 or P-521")
         public = key.public_key()
-        held = any(certificate.public_key() == public for certificate in certificates)
+
+        def belongs(certificate: x509.Certificate) -> bool:
+            return certificate.public_key() == public
+
+        held = any(map(belongs, certificates))
         if not held or len(certificates) == 1:  # one alone may have its chain there, or the one that renews it
             beside = ""
             with suppress(Error) if held else nullcontext():
                 beside = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
             more = read_keys(beside)[1] if beside else []
-            if not held or any(each.public_key() == public for each in more):
+            if not held or any(map(belongs, more)):
                 path = beside
             certificates = list(dict.fromkeys([*certificates, *more]))
-        own = [certificate for certificate in certificates if certificate.public_key() == public]
+        own = list(filter(belongs, certificates))
         if not own:
             raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
         chain = [certificate for certificate in certificates if certificate not in own]
@@ -1291,7 +1295,8 @@ def load_bag(data: bytes, password: str) -> tuple[object, Certificates]:
 
 def owned(address: str, certificates: Certificates) -> Certificates:
     """Those of the certificates that may be the address's own, rather than an issuer's of another one."""
-    issuer, subject = ({each: raw_fields(each)[place] for each in certificates} for place in (2, 4))
+    fields = {each: raw_fields(each) for each in certificates}
+    issuer, subject = ({each: fields[each][place] for each in certificates} for place in (2, 4))
     issued = [each for each in certificates if issuer[each] != subject[each]]  # by another
     issuers = [issuer[each] for each in issued]
     ends = [each for each in certificates if subject[each] not in issuers]

@@ -392,17 +392,14 @@ def test_an_issuer_that_names_the_recipient_is_not_encrypted_to(
         desk.opens(passed(done, *warnings), ENCRYPT, Identity(STEVE, key, own, desk.authority), root)
 
 
-NAMELESS = {"san": []}
-
-
 @pytest.mark.parametrize(
     "other",
     [
         leaf(begin=NOW - 300 * DAY, days=200),
         leaf(begin=NOW - 100 * DAY),
         leaf(san=[MALLORY]),
-        leaf(begin=NOW - 300 * DAY, days=200, **NAMELESS),
-        leaf(begin=NOW - 100 * DAY, **NAMELESS),
+        leaf(begin=NOW - 300 * DAY, days=200, san=[]),
+        leaf(begin=NOW - 100 * DAY, san=[]),
         lambda authority, key: replace(authority.issue(STEVE, key), certificate=authority.root),
     ],
     ids=["expired", "older", "another's", "expired, without address", "older, without address", "a root"],
