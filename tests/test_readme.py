@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from conftest import STEVE, STEVET, TESTS, Run, mail
+from conftest import SCRIPT, STEVE, STEVET, TESTS, Run, mail
 from cryptography import x509
 from pki import Authority
 from readers import Openssl, command
@@ -57,3 +61,16 @@ def test_the_openssl_commands_for_keys_work(
     command("sh", "-c", f"cd '{folder}' && {takes}")
     taken = x509.load_pem_x509_certificates((folder / f"{STEVET}.crt").read_bytes())
     assert set(taken) == {identity.certificate, *identity.chain}
+
+
+def test_as_a_module_it_is_compiled_once(folder: Path, authority: Authority, openssl: Openssl) -> None:
+    shutil.copy(SCRIPT, folder)
+    (folder / "message.eml").write_bytes(mail())
+    (line,) = re.findall(r"^    \.venv/bin/python (-m sparkpostSMIME .*) --send_smtp$", README, re.MULTILINE)
+    words = [sys.executable, "-v", *shlex.split(line)]
+    first, second = (subprocess.run(words, cwd=folder, env={}, capture_output=True, timeout=60) for _ in range(2))
+    kept = b"# code object from '%b" % str(folder / "__pycache__" / "sparkpostSMIME.").encode()
+    assert (kept in first.stderr, kept in second.stderr) == (False, True)
+    for done in (first, second):
+        assert done.returncode == 0
+        openssl.verify(openssl.decrypt(inner(done.stdout), authority.identity(STEVET)))

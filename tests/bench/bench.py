@@ -95,6 +95,7 @@ class Bench:
     def environment(self, smtp_port: int = 0, api_port: int = 0) -> dict[str, str]:
         return {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(SCRIPT.parent),  # for -m
             "SMTP_HOST": "127.0.0.1",
             "SMTP_PORT": str(smtp_port or self.sink.port),
             "SPARKPOST_API_KEY": "key",
@@ -159,10 +160,13 @@ def at_least(what: str, value: float, limit: float, unit: str, measured: str) ->
 def one_message(bench: Bench) -> Iterator[Row]:
     """(a) A whole process, from the start of Python to the end of the SMTP session."""
     file = bench.message()
-    runs = partial(bench.run, bench.program(file)), bench.floor(file), bench.pipeline()
-    program, least, pipeline = (usage.wall for usage in by_turns(40, *runs))
-    times = f"{ms(program)}, the floor {ms(least)}"
-    yield at_most("(a) one message, whole process", program / least, 1.1, "x the floor", times)
+    python, _, *arguments = bench.program(file)
+    module = [python, "-m", SCRIPT.stem, *arguments]
+    runs = (partial(bench.run, command) for command in (bench.program(file), module))
+    program, kept, least, pipeline = (usage.wall for usage in by_turns(40, *runs, bench.floor(file), bench.pipeline()))
+    for how, wall in (("", program), (", as `python -m`", kept)):
+        times = f"{ms(wall)}, the floor {ms(least)}"
+        yield at_most(f"(a) one message, whole process{how}", wall / least, 1.1, "x the floor", times)
     yield Row("(a) against `openssl \\| openssl \\| curl`", f"{program / pipeline:.2f} x its {ms(pipeline)}")
 
 
