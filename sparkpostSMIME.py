@@ -84,7 +84,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 import gc
 
 gc.disable()  # while all is imported: none of it is garbage
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGKILL, SIGTERM, getsignal, signal
 
 if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
     signal(SIGINT, SIG_DFL)  # so that Ctrl-C leaves no traceback until run() handles it
@@ -2366,73 +2366,83 @@ def share_out(
 
     Processes, because the interpreter's lock would let threads wait for each other. Returns how many were taken.
     """
-    from multiprocessing.connection import wait
+    import json
 
     numbers, processes = start_workers(worker, files, jobs)
-    ends, untold, left = list(processes), set(range(len(files))), b""
+    waiting, unread, untold, left = poll(), dict.fromkeys(processes, b""), set(range(len(files))), b""
+    for pipe in processes:
+        waiting.register(pipe, POLLIN)
     try:
-        while ends:
+        while unread:
             if halted():
                 left += os.read(numbers, NUMBER * len(files))
-            for end in list[Any](wait(ends, 0.1)):
-                try:
-                    number, outcome, worker.hopeless = end.recv()
-                except (EOFError, OSError):  # the process has ended
-                    ends.remove(end)
-                    continue
-                untold.remove(number)
-                yield outcome
+            for pipe, _ in waiting.poll(100):
+                data = os.read(pipe, PIECE)
+                *lines, unread[pipe] = (unread[pipe] + data).split(b"\n")
+                for line in lines:
+                    number, outcome, worker.hopeless = json.loads(line)
+                    untold.remove(number)
+                    yield Outcome(*outcome)
+                if not data:  # the process has ended
+                    waiting.unregister(pipe)
+                    del unread[pipe]
+            sleep(0.005)  # what ends meanwhile is told in one go, and the processors are the workers'
         left += os.read(numbers, NUMBER * len(files))
         worker.hopeless = worker.hopeless or "no process is left"
         taken = len(files) - len(left) // NUMBER
         for number in sorted(untold.intersection(range(taken))):
             text = "its process was killed; the message may have been sent"
             yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
-        for process in processes.values():
-            process.join()
         return taken
     finally:
-        for process in processes.values():
-            process.kill()
+        for process in processes.values():  # has ended, unless this is an interrupt
+            os.kill(process, SIGKILL)
+            os.waitpid(process, 0)
 
 
-def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[Any, Any]]:
+def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[int, int]]:
     """Start so many processes; return the open file from which they read the numbers of their message files, and them.
 
     They share its offset, which every read moves on, so each number is taken once: POSIX says so of regular files, and
-    Linux keeps to it for those that open() opened. None begins before all have started. Raises Error.
+    Linux keeps to it for those that open() opened. Each process stands under the pipe through which it reports. None
+    begins before all have started. Raises Error.
     """
-    from multiprocessing import get_context
     from tempfile import TemporaryFile
 
-    fork, processes = get_context("fork"), dict[Any, Any]()
+    processes = dict[int, int]()
     with system_errors(f"--jobs {worker.options.jobs}", "name fewer"), TemporaryFile() as file:
         file.write(b"".join(number.to_bytes(NUMBER, "big") for number in range(len(files))))
         file.seek(0)
         numbers = os.dup(file.fileno())
+        gate, opening = os.pipe()
         for _ in range(jobs):
-            end, other = fork.Pipe()
-            processes[end] = fork.Process(target=serve, args=(worker, files, numbers, other, [*processes, end]))
-            processes[end].start()
-            other.close()
-    for end in processes:
-        with suppress(OSError):  # where it was killed
-            end.send("begin")
+            pipe, end = os.pipe()
+            process = os.fork()
+            if not process:
+                try:
+                    for others in (*processes, pipe, opening):
+                        os.close(others)
+                    serve(worker, files, numbers, gate, end)
+                finally:
+                    os._exit(0)
+            processes[pipe] = process
+            os.close(end)
+        os.write(opening, bytes(jobs))
     return numbers, processes
 
 
-def serve(worker: Worker, files: Sequence[str], numbers: int, end: Any, others: Iterable[Any]) -> None:
+def serve(worker: Worker, files: Sequence[str], numbers: int, gate: int, end: int) -> None:
     """Work on the files whose numbers are read, until none is left, all is hopeless, or nobody is left to report to."""
-    for other in others:
-        other.close()
+    import json
+
     for signal_number in (SIGINT, SIGTERM):
         signal(signal_number, SIG_IGN)  # the process that shares out sees to the end
-    with suppress(EOFError, ConnectionError):
-        end.recv()
-        while not worker.hopeless and (taken := os.read(numbers, NUMBER)):
+    begin = os.read(gate, 1)  # nothing, where that process has ended
+    with suppress(BrokenPipeError):
+        while begin and not worker.hopeless and (taken := os.read(numbers, NUMBER)):
             number = int.from_bytes(taken, "big")
             outcome = worker.process(files[number])
-            end.send((number, outcome, worker.hopeless))
+            write_all(end, json.dumps([number, outcome, worker.hopeless]).encode() + b"\n")
     worker.transport.close()
 
 
