@@ -674,6 +674,8 @@ class Closing(Kept):
     def do_POST(self) -> None:
         super().do_POST()
         self.close_connection = len(self.server.requests) % 3 == 0
+        if self.close_connection:
+            self.connection.shutdown(socket.SHUT_RDWR)  # at once, before the client has its next message ready
 
 
 @pytest.fixture(name="api")
