@@ -2423,6 +2423,8 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int,
                     for others in (*processes, pipe, opening):
                         os.close(others)
                     serve(worker, files, numbers, gate, end)
+                except Exception:
+                    sys.excepthook(*sys.exc_info())
                 finally:
                     os._exit(0)
             processes[pipe] = process
