@@ -98,7 +98,7 @@ import unicodedata
 import warnings
 from argparse import ArgumentParser, HelpFormatter, Namespace
 from base64 import b64encode
-from binascii import b2a_base64
+from binascii import b2a_base64, b2a_qp
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
@@ -109,7 +109,7 @@ from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from errno import EWOULDBLOCK
 from functools import cache, lru_cache, partial
 from ipaddress import ip_address
-from itertools import count
+from itertools import chain, count, repeat
 from select import POLLIN, POLLOUT, poll
 from stat import S_ISREG
 from struct import unpack
@@ -510,12 +510,12 @@ def unsafe(path: str, what: str, cure: str) -> Error:
 # ------------------------------------------------------------------------------------- message: fields, envelope
 
 FIELD = rb"(?:>?From (?![ \t]*:)[^\n]*\n)*([!-9;-~]+[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)"
-BLANK_LINE = rb"\r?\n"
 QUOTED = r'(?<!\\)"(?:[^"\\]|\\.)*"'
 ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
-MAILBOX = rf'(?s)((?:{QUOTED}|<(?:{QUOTED}|[^<>"])*>|\[[^\[\]]*\]|[^"<>\[\],;:])*)([,;:]|\Z)'
-BRACKETED = rf'(?s)(?:{QUOTED}|[^"<>])*<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
+NAME = rf'(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:])*'
+BRACKETED = rf'(?s){NAME}<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
+LISTED = rf'(?s)(?:{QUOTED}|[^"<>,;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
@@ -528,7 +528,7 @@ def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
     while match := re.compile(FIELD).match(entity, end):
         fields.append(to_crlf(match[1].rstrip(b"\r")))
         end = match.end()
-    blank = re.compile(BLANK_LINE).match(entity, end)
+    blank = re.compile(rb"\r?\n").match(entity, end)
     return fields, CRLF if blank else b"", entity[blank.end() if blank else end :]
 
 
@@ -544,17 +544,12 @@ def to_crlf(data: bytes) -> bytes:
     return data if data.count(b"\n") == data.count(CRLF) else data.replace(CRLF, b"\n").replace(b"\n", CRLF)
 
 
-def charset_of(raw: bytes) -> str:
-    """UTF-8, or Latin-1, in which all bytes are text."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return "iso-8859-1"
-    return "utf-8"
-
-
 def to_text(raw: bytes) -> str:
-    return raw.decode(charset_of(raw))
+    """Read as UTF-8, else as Latin-1, in which all bytes are text."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 @lru_cache(maxsize=1024)
@@ -577,15 +572,15 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Seque
     if return_path is not None:
         sender = "" if return_path in ("", "<>") else parse_mailbox(return_path, "--return_path")
     shown = unique(addresses(fields, "to", "cc"))
-    everyone = unique([*shown, *addresses(fields, "bcc")])
+    hidden = unique([*shown, *addresses(fields, "bcc")])[len(shown) :]
     if named:
-        visible = {same_address(address) for address in shown}
+        listed = set(map(same_address, shown))
         everyone = unique(parse_mailbox(address, "--recipient") for address in named)
-        shown = tuple(address for address in everyone if same_address(address) in visible)
-        return Envelope(sender, shown, tuple(address for address in everyone if address not in shown))
-    if not everyone:
+        shown = tuple(address for address in everyone if same_address(address) in listed)
+        hidden = tuple(address for address in everyone if same_address(address) not in listed)
+    if not shown and not hidden:
         raise Error("the message has no recipient", "name one in a To, Cc or Bcc field")
-    return Envelope(sender, shown, everyone[len(shown) :])
+    return Envelope(sender, shown, hidden)
 
 
 def unique(mailboxes: Iterable[str]) -> tuple[str, ...]:
@@ -608,8 +603,7 @@ def author(fields: Sequence[bytes], *names: str) -> str:
     if not addresses(fields, "from"):
         raise Error("the message has no sender", "name one in a From field, above the first blank line")
     for name in names:
-        found = addresses(fields, name)
-        if len(found) == 1:
+        if len(found := addresses(fields, name)) == 1:
             return found[0]
     raise Error("the From field names several addresses", "add a Sender field with the one that sends")
 
@@ -626,29 +620,18 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
     The standard library's two parsers lose or invent recipients in lists that are slightly wrong, each Python
     version in its own way, and do not tell; this one takes every address or raises Error.
     """
-    found, end, text = list[str](), 0, without_comments(value)
-    while end < len(text):
-        mailbox = re.compile(MAILBOX).match(text, end)
-        if not mailbox or (mailbox[2] == ":" and "@" in re.sub(QUOTED, "", mailbox[1])):
-            raise unreadable(text[end:], name)
-        end = mailbox.end()
-        if mailbox[2] != ":" and mailbox[1].strip():  # the text before a colon is the name of a group
-            found.append(parse_mailbox(mailbox[1].strip(), name))
-    return tuple(found)
+    parts = ["".join(groups).strip() for groups in re.findall(LISTED, without_comments(value))]  # no names of groups
+    return tuple(parse_mailbox(part, name) for part in parts if part)
 
 
 def without_comments(text: str) -> str:
     """A field's value with its (comments), which nest (RFC 5322 section 3.2.2), blanked; as it is where one is open."""
-    if "(" not in text:
-        return text
-    outside, within = re.compile(rf'{QUOTED}|[()]|[^"()]+|"', re.DOTALL), re.compile(r"\\.|[()]|[^\\()]+|\\", re.DOTALL)
-    depth, kept, end = 0, [], 0
-    while token := (within if depth else outside).match(text, end):
-        end = token.end()
-        depth += token[0] == "("
-        kept.append(" " * len(token[0]) if depth else token[0])
-        if depth and token[0] == ")":
-            depth -= 1
+    depth, quoted, kept = 0, False, []
+    for token in re.findall(r'(?s)\\.|["()]|[^\\"()]+|\\', text):
+        quoted ^= token == '"' and not depth
+        depth += token == "(" and not quoted
+        kept.append(" " * len(token) if depth else token)
+        depth -= token == ")" and depth > 0
     return text if depth else "".join(kept)
 
 
@@ -660,13 +643,9 @@ def parse_mailbox(mailbox: str, name: str) -> str:
     address = re.sub(close, lambda match: match[1] or match[2], spaced)
     odd = not mailbox.isprintable() and re.search(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]", mailbox)  # slow to compile
     if odd or not re.fullmatch(ADDRESS, address):
-        raise unreadable(mailbox, name)
+        where = name if name.startswith("--") else f"the {name} field"
+        raise Error(f"{where} holds an address that cannot be read: {mailbox[:80]!r}", "write Name <user@domain>")
     return address
-
-
-def unreadable(text: str, name: str) -> Error:
-    where = name if name.startswith("--") else f"the {name} field"
-    return Error(f"{where} holds an address that cannot be read: {text[:80]!r}", "write Name <user@domain>")
 
 
 def wire_address(address: str) -> str:
@@ -684,32 +663,29 @@ def wire_address(address: str) -> str:
 
 # ----------------------------------------------------------------------------- message: header fit for transport
 
-
-def words(excluded: bytes = b"") -> bytes:
-    """A pattern for a run of words that hold raw eight-bit text, or for one other word."""
-    word = rb"[^\s%b]" % excluded
-    raw = rb"%b*[\x80-\xff]%b*" % (word, word)
-    return rb"%b(?:\s+%b)*|%b+" % (raw, raw, word)
-
-
+# words, with the blanks between them and encoded words, which would not be shown (RFC 2047 section 6.2)
+RUN = rb"(?:(?<=\?=)\s+)?%(word)b(?:\s+%(word)b)*(?:\s+(?==\?))?"
 BYTES_QUOTED = QUOTED.encode()
-UNSTRUCTURED = words()
+UNSTRUCTURED = RUN % {b"word": rb"\S*[\x80-\xff]\S*"} + rb"|\S+"
 ADDRESS_LIST = (
     rb'(?s)(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]{0,998}<))|' % BYTES_QUOTED
-    + rb"(?P<quoted>%b)|%b" % (BYTES_QUOTED, words(rb'"<>(),:;'))
+    + rb"(?P<phrase>%b)|" % (RUN % {b"word": rb'(?:%b|[^\s"<>(),:;]*[\x80-\xff][^\s"<>(),:;]*)' % BYTES_QUOTED})
+    + rb'[^\s"<>(),:;]+'
 )
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
-ENCODED_WORD = rb"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?="
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
-FOLDABLE = rb"(?=.{%d})(.{0,%d}[^ \t])(?=[ \t]+[^ \t])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
-TIGHT_COMMA = rb"(?s)(%b)|,(?=[^ \t])" % BYTES_QUOTED
-CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
+FOLDABLE = rb"(?=[^\r\n]{%d})([^\r\n]{0,%d}[^ \t\r\n])(?=[ \t]+[^ \t\r\n])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
+TIGHT_COMMA = rb"(?s)(%b)|,(?=[^ \t\r])" % BYTES_QUOTED
 
 
 def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list[bytes]:
     """The fields that stay outside, in order and fit for transport, with those that every message must have."""
-    now = b"Date: " + formatdate(localtime=True).encode()
+    added = {
+        "date": b"Date: " + formatdate(localtime=True).encode(),
+        "message-id": b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode(),
+        "mime-version": b"MIME-Version: 1.0",
+    }
     renewed = "date" if options.date_now else ""
     dropped = DROPPED_FIELDS | ({"dkim-signature"} if options.protects else set())  # it signs the body as it was
     outer, present = list[bytes](), set[str]()
@@ -718,15 +694,9 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         if name in dropped or (options.protects and name.startswith("content-")):
             continue
         if name not in present or name not in ("mime-version", renewed):
-            outer.append(now if name == renewed else fit_field(field))
+            outer.append(added[name] if name == renewed else fit_field(field))
         present.add(name)
-    if "date" not in present:
-        outer.append(now)
-    if "message-id" not in present:
-        outer.append(b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode())
-    if "mime-version" not in present:
-        outer.append(b"MIME-Version: 1.0")
-    return outer
+    return outer + [field for name, field in added.items() if name not in present]
 
 
 def fit_field(field: bytes) -> bytes:
@@ -737,49 +707,47 @@ def fit_field(field: bytes) -> bytes:
         if name in ("content-type", "content-disposition"):
             value = re.sub(PARAMETER, encode_parameter, value)
         field = head + colon + encode_words(value, ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED)
-    return fold(field) if len(field) > LONGEST_LINE else field
+    return fold(field)
+
+
+def trimmed(field: bytes) -> bytes:
+    """A field without blanks at its line ends, which mean nothing, and are unfit for a clear signature."""
+    return re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n|\Z)", b"", field)
 
 
 def fold(field: bytes) -> bytes:
     """Fold the lines of more than 998 bytes in a field before the white space in them (RFC 5322 section 2.2.3).
 
-    A list of addresses may have white space after each comma, and gets it where such a line has none.
+    A list of addresses may have white space after each comma, and gets it where it has such a line.
     """
-
-    def folded(line: bytes) -> bytes:
-        if field_name(field) in ADDRESS_FIELDS:
-            line = re.sub(TIGHT_COMMA, lambda match: match[1] or b", ", line)
-        return re.sub(FOLDABLE, rb"\1\r\n", line)
-
-    return CRLF.join(folded(line) if len(line) > LONGEST_LINE else line for line in field.split(CRLF))
+    if len(field) <= LONGEST_LINE or not has_long_line(field):
+        return field
+    if field_name(field) in ADDRESS_FIELDS:
+        field = re.sub(TIGHT_COMMA, lambda match: match[1] or b", ", field)
+    return re.sub(FOLDABLE, rb"\1\r\n", field)
 
 
-def encode_words(value: bytes, token: bytes) -> bytes:
+def encode_words(value: bytes, words: bytes) -> bytes:
     """Turn raw text in a field's value into encoded words (RFC 2047), except in addresses (RFC 6532)."""
+
+    def encoded(match: re.Match[bytes]) -> bytes:
+        if match[0].isascii():
+            return match[0]
+        if match.lastgroup == "address":
+            return re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), match[0])
+        text = re.sub(BYTES_QUOTED, unquoted, match[0]) if match.lastgroup == "phrase" else match[0]
+        # nothing but white space or the parentheses of a comment may touch an encoded word, RFC 2047 section 5
+        left, right = value[match.start() - 1 : match.start()], value[match.end() : match.end() + 1]
+        before, after = b"" if left in b" \t\n(" else b" ", b"" if right in b" \t\r)" else b" "
+        return before + encoded_words(text.decode()) + after
+
     value = re.sub(RAW_ENCODED_WORD, mend_encoded_word, to_text(value).encode())
-    pieces, end, before = [], 0, ""
-    for match in re.finditer(token, value):
-        gap, word, kind = value[end : match.start()], match[0], ""
-        if word.isascii():
-            kind = "old" if re.fullmatch(ENCODED_WORD, word) else ""
-        elif match.lastgroup == "address":
-            word = re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), word)
-        else:
-            kind = "new"
-            word = encoded_words((unquoted(word) if match.lastgroup == "quoted" else word).decode())
-            # nothing but white space or the parentheses of a comment may touch it, RFC 2047 section 5
-            left, right = value[: match.start()][-1:], value[match.end() :][:1]
-            word = (b"" if left in b" \t\n(" else b" ") + word + (b"" if right in b" \t\r)" else b" ")
-        if gap.isspace() and {before, kind} in ({"new"}, {"old", "new"}):
-            gap += encoded_words(" ") + b" "  # blanks between encoded words are not shown, RFC 2047 section 6.2
-        pieces += [gap, word]
-        end, before = match.end(), kind
-    return b"".join(pieces) + value[end:]
+    return re.sub(words, encoded, value)
 
 
-def unquoted(word: bytes) -> bytes:
-    """What a quoted string holds (RFC 5322 section 3.2.4); any other word as it is."""
-    return re.sub(rb"\\(.)", rb"\1", word[1:-1], flags=re.DOTALL) if word.startswith(b'"') else word
+def unquoted(quoted: re.Match[bytes]) -> bytes:
+    """What a quoted string holds (RFC 5322 section 3.2.4)."""
+    return re.sub(rb"(?s)\\(.)", rb"\1", quoted[0][1:-1])
 
 
 def encoded_words(text: str) -> bytes:
@@ -809,10 +777,12 @@ def encode_parameter(match: re.Match[bytes]) -> bytes:
     name, value = match.groups()
     if value.isascii():
         return match[0]
-    return name + b"*=" + quote_from_bytes(unquoted(value), safe="").encode()
+    return name + b"*=" + quote_from_bytes(re.sub(BYTES_QUOTED, unquoted, value), safe="").encode()
 
 
 # ----------------------------------------------------------------------------- message: entity fit for transport
+
+CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
 
 
 def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
@@ -822,7 +792,9 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
     """
     content = [f for f in fields if field_name(f).startswith("content-") and field_name(f) not in DROPPED_FIELDS]
     if not field_texts(content, "content-type"):
-        charset = "" if body.isascii() else f"; charset={charset_of(body)}"
+        charset = (
+            "" if body.isascii() else "; charset=utf-8" if to_text(body).encode() == body else "; charset=iso-8859-1"
+        )
         content.insert(0, f"Content-Type: text/plain{charset}".encode())
     return fit_entity(body, header=joined(content) + CRLF, clear=clear)
 
@@ -853,12 +825,6 @@ def has_long_line(entity: bytes) -> bool:
     return False
 
 
-def is_called_eight_bit(entity: bytes) -> bool:
-    """Whether a part says that it is 8bit or binary; piece by piece, to spare memory."""
-    pieces = (entity[start : start + 66_000].lower() for start in range(0, len(entity), 65_000))
-    return any(re.search(CALLED_EIGHT_BIT, piece) for piece in pieces)
-
-
 def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
     """The entity with CRLF line ends; what is unfit for transport in it is re-encoded, part by part.
 
@@ -866,27 +832,24 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     that names none. Raises Error.
     """
     entity = header + to_crlf(raw)
-    if is_fit(entity, clear=clear) and not is_called_eight_bit(entity):
+    if is_fit(entity, clear=clear) and not re.search(CALLED_EIGHT_BIT, entity.lower()):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
     fields, blank, body = split_entity(header + raw)
-    blank = CRLF if body else blank
-    kind, boundary = media_type(fields, default)
+    kind, boundary, _ = media_type(fields, default)
     encoding = transfer_encoding(fields)
     inner = "message/rfc822" if kind == "multipart/digest" else "text/plain"  # RFC 2046 section 5.1.5
     fit_inner = partial(fit_entity, clear=clear, default=inner, depth=depth + 1)
-    if boundary and kind.startswith("multipart/") and (parts := fit_parts(body, boundary, fit_inner, clear=clear)):
+    if kind.startswith("multipart/") and boundary and (parts := fit_parts(body, boundary, fit_inner, clear=clear)):
         body = parts
     elif kind in ("message/rfc822", "message/global") and encoding not in ("base64", "quoted-printable"):
         body = fit_inner(body)
     else:
         encoding, body = fit_leaf(body, kind, encoding, clear=clear)
     encoding = "7bit" if encoding in ("8bit", "binary") else encoding  # Postfix re-encodes a part called so, even ASCII
-    header = joined(map(fit_field, with_transfer_encoding(fields, encoding)))
-    if clear:
-        header = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n)", b"", header)
-    fit = header + blank + body
+    fields = [fit_field(field) for field in with_transfer_encoding(fields, encoding)]
+    fit = joined(map(trimmed, fields) if clear else fields) + (CRLF if body else blank) + body
     if kind == "multipart/signed" and fit != entity:
         if clear:
             raise Error("the message holds a signed part, unfit for a clear signature around it", "use --opaque")
@@ -896,21 +859,15 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     return fit
 
 
-def content_type(fields: Iterable[bytes], default: str = "text/plain") -> Message:
-    """An entity with this Content-Type, for the standard library to read it."""
+def media_type(fields: Iterable[bytes], default: str = "text/plain") -> tuple[str, str, str]:
+    """Type, boundary and character set as the standard library reads them; empty where it cannot."""
     entity = Message()
     entity.set_default_type(default)
     for value in field_texts(fields, "content-type")[:1]:
         entity["Content-Type"] = value
-    return entity
-
-
-def media_type(fields: Iterable[bytes], default: str) -> tuple[str, str | None]:
-    """Type and boundary as the standard library reads them."""
-    entity = content_type(fields, default)
     with suppress(ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form may be nonsense
-        return entity.get_content_type(), entity.get_boundary()
-    return entity.get_content_type(), None
+        return entity.get_content_type(), entity.get_boundary(""), entity.get_content_charset("us-ascii")
+    return entity.get_content_type(), "", ""
 
 
 def transfer_encoding(fields: Iterable[bytes]) -> str:
@@ -933,22 +890,20 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
     An unfit preamble or epilogue, which no reader shows, is left out; so are blanks after a boundary.
     """
     delimiter = rb"(?:\A|\r?\n)--%b(--)?[ \t]*(?=\r?\n|\Z)" % re.escape(boundary.encode(errors="replace"))
+
+    def fit_piece(piece: bytes) -> bytes:
+        if inside:  # the line end after the boundary comes first, unless the next boundary has it
+            return CRLF + fit_part(piece.partition(b"\n")[2]) if piece else b""
+        text = to_crlf(piece)
+        return text if is_fit(text, clear=clear) else b""
+
     pieces, end, inside = list[bytes](), 0, False
     for match in re.finditer(delimiter, body):
-        pieces += [fit_piece(body[end : match.start()], inside, fit_part, clear=clear), to_crlf(match[0]).rstrip()]
+        pieces += [fit_piece(body[end : match.start()]), to_crlf(match[0]).rstrip()]
         end, inside = match.end(), not match[1]
         if not inside:
             break
-    return b"".join([*pieces, fit_piece(body[end:], inside, fit_part, clear=clear)]) if pieces else None
-
-
-def fit_piece(piece: bytes, inside: bool, fit_part: Callable[[bytes], bytes], *, clear: bool) -> bytes:
-    """What stands after a boundary, a part made fit; or before the first or after the last, dropped where unfit."""
-    line_end = re.match(BLANK_LINE, piece)
-    if inside:
-        return CRLF + fit_part(piece[line_end.end() :]) if line_end else b""
-    text = to_crlf(piece)
-    return text if is_fit(text, clear=clear) else b""
+    return b"".join([*pieces, fit_piece(body[end:])]) if pieces else None
 
 
 def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str, bytes]:
@@ -979,10 +934,8 @@ def decoded(body: bytes, encoding: str) -> bytes:
 
 def quoted_printable(data: bytes) -> bytes:
     """RFC 2045 section 6.7, for text with line ends of CRLF; keeps "From " off the start of every line."""
-    unfit = rb"[^\t\r\n -<>-~]|\r(?!\n)|(?<!\r)\n|[\t ](?=\r\n|\Z)|F(?=rom )"
-    escaped = re.sub(unfit, lambda match: b"=%02X" % ord(match[0]), data)
-    long = rb"(?=.{77})(.{1,75}(?<!=)(?<!=[0-9A-F]))"
-    return CRLF.join(re.sub(long, rb"\1=\r\n", line) if len(line) > 76 else line for line in escaped.split(CRLF))
+    text = CRLF.join(b2a_qp(line, istext=False).replace(b"\n", CRLF) for line in data.split(CRLF))
+    return re.sub(rb"(?m)^From ", b"=46=\r\nrom ", text)
 
 
 def base64_lines(data: bytes, before: bytes = b"") -> bytes:
@@ -1004,8 +957,8 @@ def wrap(text: bytes) -> bytes:
 
 # --------------------------------------------------------------------------------- message: header protection
 
-
 COMMENT_OR_BODY = r"""(?is)<!--.*?(?:-->|\Z)|<body\b(?:"[^"]*"|'[^']*'|[^'"<>])*>"""
+CONFIDENTIAL = {"subject": b"Subject: [...]", "comments": b"", "keywords": b"", "thread-topic": b""}
 MAIN_TEXT_TYPES = ("multipart/alternative", "multipart/mixed", "multipart/related")
 
 
@@ -1019,24 +972,19 @@ def protect_headers(entity: bytes, header: Iterable[bytes], *, hide: bool) -> tu
     header = [field for field in header if field_name(field) != "hp-outer"]  # only those made here may be believed
     outer, line = header, ""
     if hide:
-        outer = [b"Subject: [...]" if field_name(field) == "subject" else field for field in header]
-        outer = [field for field in outer if field_name(field) not in ("comments", "keywords", "thread-topic")]
+        outer = list(filter(None, (CONFIDENTIAL.get(field_name(field), field) for field in header)))
         hidden = [text for text in field_texts(header, "subject") if text not in ("", "[...]")]
         line = f"Subject: {readable(hidden[0])}" if hidden else ""
-    if line or b"hp-legacy-display" in entity.lower():
-        entity = with_legacy_display(entity, line)
-    fields, _, body = split_entity(entity)
-    inner = [tidy(field) for field in header if field_name(field) != "mime-version"]
-    if hide:
-        inner += [b"HP-Outer: " + tidy(field) for field in outer if field_name(field) != "mime-version"]
+    fields, _, body = split_entity(with_legacy_display(entity, line))
+    inner = tidied(header) + [b"HP-Outer: " + field for field in tidied(outer) if hide]
     fields = with_parameter(fields, b"hp", b"cipher" if hide else b"clear")
     return joined([*map(fold, inner), *fields]) + CRLF + body, outer
 
 
-def tidy(field: bytes) -> bytes:
-    """A field as `Name: value` (RFC 9788 section 2.2), without blanks at line ends, unfit for a clear signature."""
-    name, _, value = re.sub(rb"(?<![ \t\r\n])[ \t\r\n]+(?=\r\n|\Z)", b"", field).partition(b":")
-    return (name.rstrip() + b": " + value.lstrip()).rstrip()
+def tidied(header: Iterable[bytes]) -> list[bytes]:
+    """The fields but MIME-Version as `Name: value` (RFC 9788 section 2.2), fit for a clear signature."""
+    parts = [trimmed(field).partition(b":") for field in header if field_name(field) != "mime-version"]
+    return [(name.rstrip() + b": " + value.lstrip()).rstrip() for name, _, value in parts]
 
 
 def readable(value: str) -> str:
@@ -1054,12 +1002,9 @@ def with_parameter(fields: Iterable[bytes], name: bytes, value: bytes) -> list[b
     def changed(field: bytes) -> bytes:
         bare = without_comments(field.decode("latin-1")).encode("latin-1")  # each byte is where it was
         kind = bare.partition(b";")[0]
-        kept, end = [], len(kind)
-        for match in re.compile(old).finditer(bare, end):
-            if not match[1]:
-                kept.append(field[end : match.start()])
-                end = match.end()
-        others = b"".join([*kept, field[end:]]).removeprefix(b";").rstrip(b"; \t\r\n")
+        gone = {at for match in re.finditer(old, bare) if not match[1] for at in range(*match.span())}
+        others = bytes(byte for at, byte in enumerate(field) if at >= len(kind) and at not in gone)
+        others = others.removeprefix(b";").rstrip(b"; \t\r\n")
         first = b" ".join(kind.split()) + parameter  # where nothing odd can hide it
         return first + b";" + others if others else first
 
@@ -1071,35 +1016,30 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
 
     No part goes on claiming that it shows a line where it does not, for readers would then cut off its first line.
     """
+    if depth == DEEPEST_NESTING or not (line or b"hp-legacy-display" in entity.lower()):
+        return entity
     fields, blank, body = split_entity(entity)
-    kind, boundary = media_type(fields, "text/plain")
-    places = count()
-
-    def display(part: bytes) -> bytes:
-        main = not next(places) or kind == "multipart/alternative"
-        if not main and b"hp-legacy-display" not in part.lower():
-            return part
-        return with_legacy_display(part, line if main else "", depth=depth + 1)
-
+    kind, boundary, charset = media_type(fields)
     if any(text.lower().startswith("attachment") for text in field_texts(fields, "content-disposition")):
         line = ""
     if kind in ("text/plain", "text/html"):
-        fields, body = with_line(fields, body, line, html=kind == "text/html")
-    elif boundary and depth < DEEPEST_NESTING and kind in MAIN_TEXT_TYPES:
-        body = fit_parts(body, boundary, display, clear=False) or body
+        fields, body = with_line(fields, body, line, charset, html=kind == "text/html")
+    elif boundary and kind in MAIN_TEXT_TYPES:
+        lines = chain([line], repeat(line if kind == "multipart/alternative" else ""))
+        display = partial(with_legacy_display, depth=depth + 1)
+        body = fit_parts(body, boundary, lambda part: display(part, next(lines)), clear=False) or body
     return joined(fields) + (blank or CRLF) + body
 
 
-def with_line(fields: list[bytes], body: bytes, line: str, *, html: bool) -> tuple[list[bytes], bytes]:
+def with_line(fields: list[bytes], body: bytes, line: str, charset: str, *, html: bool) -> tuple[list[bytes], bytes]:
     """Header fields and body of a text part, with this line on top, if there is one and the text can be decoded."""
     from html import escape
 
     fields = with_parameter(fields, b"hp-legacy-display", b"")
     encoding = transfer_encoding(fields)
     try:
-        charset = content_type(fields).get_content_charset("us-ascii")
         text = decoded(body, encoding).decode(charset)
-    except (LookupError, ValueError, TypeError):
+    except (LookupError, ValueError):
         return fields, body
     if not line or ("utf" not in charset and re.search(r"[\x80-\x9f]", text)):  # no Latin-1, but called so
         return fields, body
