@@ -825,6 +825,12 @@ def has_long_line(entity: bytes) -> bool:
     return False
 
 
+def is_called_eight_bit(entity: bytes) -> bool:
+    """Whether a part says that it is 8bit or binary; piece by piece, to spare memory."""
+    pieces = (entity[start : start + 66_000].lower() for start in range(0, len(entity), 65_000))
+    return any(re.search(CALLED_EIGHT_BIT, piece) for piece in pieces)
+
+
 def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
     """The entity with CRLF line ends; what is unfit for transport in it is re-encoded, part by part.
 
@@ -832,7 +838,7 @@ def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "
     that names none. Raises Error.
     """
     entity = header + to_crlf(raw)
-    if is_fit(entity, clear=clear) and not re.search(CALLED_EIGHT_BIT, entity.lower()):
+    if is_fit(entity, clear=clear) and not is_called_eight_bit(entity):
         return entity
     if depth == DEEPEST_NESTING:
         raise Error(f"the message has parts in parts, more than {DEEPEST_NESTING} deep")
