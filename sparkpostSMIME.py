@@ -515,6 +515,7 @@ ATOM = r'[^\s\x00-\x20\x7f"(),:;<>@\[\\\]]+'
 ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
 NAME = rf'(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:])*'
 BRACKETED = rf'(?s){NAME}<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
+# the name of a group, a mailbox, or what is neither
 LISTED = rf'(?s)(?:{QUOTED}|[^"<>,;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
 
 
@@ -584,10 +585,7 @@ def read_envelope(fields: Sequence[bytes], return_path: str | None, named: Seque
 
 
 def unique(mailboxes: Iterable[str]) -> tuple[str, ...]:
-    """Each mailbox once, in its first spelling; case counts, except in the domain (RFC 5321 section 2.4).
-
-    A domain is the same in U-labels and A-labels.
-    """
+    """Each mailbox once, as first spelt; in a domain neither case (RFC 5321 section 2.4) nor U- or A-labels count."""
     found: dict[tuple[str, str], str] = {}
     for address in mailboxes:
         local, _, domain = wire_address(address).rpartition("@")
@@ -620,7 +618,7 @@ def parse_list(value: str, name: str) -> tuple[str, ...]:
     The standard library's two parsers lose or invent recipients in lists that are slightly wrong, each Python
     version in its own way, and do not tell; this one takes every address or raises Error.
     """
-    parts = ["".join(groups).strip() for groups in re.findall(LISTED, without_comments(value))]  # no names of groups
+    parts = ["".join(groups).strip() for groups in re.findall(LISTED, without_comments(value))]
     return tuple(parse_mailbox(part, name) for part in parts if part)
 
 
@@ -663,7 +661,7 @@ def wire_address(address: str) -> str:
 
 # ----------------------------------------------------------------------------- message: header fit for transport
 
-# words, with the blanks between them and encoded words, which would not be shown (RFC 2047 section 6.2)
+# raw words, with the blanks between them and encoded words: to be shown these must be encoded, RFC 2047 section 6.2
 RUN = rb"(?:(?<=\?=)\s+)?%(word)b(?:\s+%(word)b)*(?:\s+(?==\?))?"
 BYTES_QUOTED = QUOTED.encode()
 UNSTRUCTURED = RUN % {b"word": rb"\S*[\x80-\xff]\S*"} + rb"|\S+"
@@ -686,15 +684,14 @@ def outer_fields(fields: Iterable[bytes], options: Options, domain: str) -> list
         "message-id": b"Message-ID: " + make_msgid(domain=wire_address(domain)).encode(),
         "mime-version": b"MIME-Version: 1.0",
     }
-    renewed = "date" if options.date_now else ""
+    once = {"mime-version", "date"} if options.date_now else {"mime-version"}
     dropped = DROPPED_FIELDS | ({"dkim-signature"} if options.protects else set())  # it signs the body as it was
     outer, present = list[bytes](), set[str]()
     for field in fields:
         name = field_name(field)
-        if name in dropped or (options.protects and name.startswith("content-")):
+        if name in dropped or (options.protects and name.startswith("content-")) or name in once & present:
             continue
-        if name not in present or name not in ("mime-version", renewed):
-            outer.append(added[name] if name == renewed else fit_field(field))
+        outer.append(added[name] if options.date_now and name == "date" else fit_field(field))
         present.add(name)
     return outer + [field for name, field in added.items() if name not in present]
 
@@ -706,7 +703,8 @@ def fit_field(field: bytes) -> bytes:
         head, colon, value = re.sub(CONTROLS, b" ", field).partition(b":")
         if name in ("content-type", "content-disposition"):
             value = re.sub(PARAMETER, encode_parameter, value)
-        field = head + colon + encode_words(value, ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED)
+        value = re.sub(RAW_ENCODED_WORD, mend_encoded_word, to_text(value).encode())
+        field = head + colon + re.sub(ADDRESS_LIST if name in ADDRESS_FIELDS else UNSTRUCTURED, encode_words, value)
     return fold(field)
 
 
@@ -727,34 +725,25 @@ def fold(field: bytes) -> bytes:
     return re.sub(FOLDABLE, rb"\1\r\n", field)
 
 
-def encode_words(value: bytes, words: bytes) -> bytes:
-    """Turn raw text in a field's value into encoded words (RFC 2047), except in addresses (RFC 6532)."""
-
-    def encoded(match: re.Match[bytes]) -> bytes:
-        if match[0].isascii():
-            return match[0]
-        if match.lastgroup == "address":
-            return re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), match[0])
-        text = re.sub(BYTES_QUOTED, unquoted, match[0]) if match.lastgroup == "phrase" else match[0]
-        # nothing but white space or the parentheses of a comment may touch an encoded word, RFC 2047 section 5
-        left, right = value[match.start() - 1 : match.start()], value[match.end() : match.end() + 1]
-        before, after = b"" if left in b" \t\n(" else b" ", b"" if right in b" \t\r)" else b" "
-        return before + encoded_words(text.decode()) + after
-
-    value = re.sub(RAW_ENCODED_WORD, mend_encoded_word, to_text(value).encode())
-    return re.sub(words, encoded, value)
+def encode_words(match: re.Match[bytes]) -> bytes:
+    """Turn raw words into encoded words of at most 75 bytes (RFC 2047 section 2), except in addresses (RFC 6532)."""
+    words = match[0]
+    if words.isascii():
+        return words
+    if match.lastgroup == "address":
+        return re.sub(rb"[^<>]+", lambda inner: wire_address(inner[0].decode()).encode(), words)
+    if match.lastgroup == "phrase":
+        words = re.sub(BYTES_QUOTED, unquoted, words)
+    chunks = re.findall(rb"(?s).{1,45}(?![\x80-\xbf])", words.replace(CRLF, b""))  # cut between characters, section 5
+    encoded = b"\r\n ".join(b"=?utf-8?B?%b?=" % b2a_base64(chunk, newline=False) for chunk in chunks)
+    # nothing but white space or the parentheses of a comment may touch an encoded word, section 5
+    left, right = match.string[match.start() - 1 : match.start()], match.string[match.end() : match.end() + 1]
+    return (b"" if left in b" \t\n(" else b" ") + encoded + (b"" if right in b" \t\r)" else b" ")
 
 
 def unquoted(quoted: re.Match[bytes]) -> bytes:
     """What a quoted string holds (RFC 5322 section 3.2.4)."""
     return re.sub(rb"(?s)\\(.)", rb"\1", quoted[0][1:-1])
-
-
-def encoded_words(text: str) -> bytes:
-    """Encoded words of at most 75 bytes, cut between characters (RFC 2047 sections 2 and 5)."""
-    data = text.replace("\r\n", "").encode()
-    chunks = re.findall(rb".{1,45}(?![\x80-\xbf])", data, re.DOTALL)
-    return b"\r\n ".join(b"=?utf-8?B?" + b2a_base64(chunk, newline=False) + b"?=" for chunk in chunks)
 
 
 def mend_encoded_word(match: re.Match[bytes]) -> bytes:
@@ -765,7 +754,7 @@ def mend_encoded_word(match: re.Match[bytes]) -> bytes:
     if encoding in b"Bb":
         text = re.sub(rb"[^A-Za-z0-9+/=]", b"", text)
     else:
-        text = re.sub(rb"[^!-~]", lambda raw: b"_" if raw[0] == b" " else b"=%02X" % ord(raw[0]), text)
+        text = re.sub(rb"[^!-~]", lambda raw: b"=%02X" % ord(raw[0]), text)
     return b"=?%b?%b?%b?=" % (charset, encoding, text)
 
 
@@ -782,7 +771,7 @@ def encode_parameter(match: re.Match[bytes]) -> bytes:
 
 # ----------------------------------------------------------------------------- message: entity fit for transport
 
-CALLED_EIGHT_BIT = rb"content-transfer-encoding[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
+EIGHT_BIT = rb"[ \t]*:[^\n]*(?:\n[ \t][^\n]*)?(?:8bit|binary)"
 
 
 def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
@@ -792,10 +781,10 @@ def make_entity(fields: Iterable[bytes], body: bytes, *, clear: bool) -> bytes:
     """
     content = [f for f in fields if field_name(f).startswith("content-") and field_name(f) not in DROPPED_FIELDS]
     if not field_texts(content, "content-type"):
-        charset = (
-            "" if body.isascii() else "; charset=utf-8" if to_text(body).encode() == body else "; charset=iso-8859-1"
-        )
-        content.insert(0, f"Content-Type: text/plain{charset}".encode())
+        field = b"Content-Type: text/plain"
+        if not body.isascii():
+            field += b"; charset=utf-8" if to_text(body).encode() == body else b"; charset=iso-8859-1"
+        content.insert(0, field)
     return fit_entity(body, header=joined(content) + CRLF, clear=clear)
 
 
@@ -809,9 +798,8 @@ def is_fit(entity: bytes, *, clear: bool) -> bool:
         and b"\0" not in entity
         and entity.count(b"\r") == entity.count(b"\n")
         and not has_long_line(entity)
-        and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity))
-        and not (clear and (entity.endswith((b" ", b"\t")) or entity.rfind(b" \r") >= 0))  # faster than in
-        and not (clear and b"\t" in entity and entity.rfind(b"\t\r") >= 0)  # a tab is rare, and found faster
+        and not (clear and (entity.startswith(b"From ") or b"\nFrom " in entity or entity.endswith((b" ", b"\t"))))
+        and not (clear and max(entity.rfind(b" \r"), entity.rfind(b"\t\r")) >= 0)  # faster than in
     )
 
 
@@ -828,7 +816,8 @@ def has_long_line(entity: bytes) -> bool:
 def is_called_eight_bit(entity: bytes) -> bool:
     """Whether a part says that it is 8bit or binary; piece by piece, to spare memory."""
     pieces = (entity[start : start + 66_000].lower() for start in range(0, len(entity), 65_000))
-    return any(re.search(CALLED_EIGHT_BIT, piece) for piece in pieces)
+    values = (value for piece in pieces for value in piece.split(b"content-transfer-encoding")[1:])
+    return any(re.match(EIGHT_BIT, value) for value in values)
 
 
 def fit_entity(raw: bytes, *, header: bytes = b"", clear: bool, default: str = "text/plain", depth: int = 0) -> bytes:
@@ -907,8 +896,6 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
     for match in re.finditer(delimiter, body):
         pieces += [fit_piece(body[end : match.start()]), to_crlf(match[0]).rstrip()]
         end, inside = match.end(), not match[1]
-        if not inside:
-            break
     return b"".join([*pieces, fit_piece(body[end:])]) if pieces else None
 
 
@@ -934,8 +921,7 @@ def decoded(body: bytes, encoding: str) -> bytes:
     part = Message()
     part["Content-Transfer-Encoding"] = encoding
     part.set_payload(body.decode("ascii", "surrogateescape"))
-    content = part.get_payload(decode=True)
-    return content if isinstance(content, bytes) else body
+    return bytes(part.get_payload(decode=True))
 
 
 def quoted_printable(data: bytes) -> bytes:
@@ -1024,7 +1010,7 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
     """
     if depth == DEEPEST_NESTING or not (line or b"hp-legacy-display" in entity.lower()):
         return entity
-    fields, blank, body = split_entity(entity)
+    fields, _, body = split_entity(entity)
     kind, boundary, charset = media_type(fields)
     if any(text.lower().startswith("attachment") for text in field_texts(fields, "content-disposition")):
         line = ""
@@ -1034,15 +1020,14 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
         lines = chain([line], repeat(line if kind == "multipart/alternative" else ""))
         display = partial(with_legacy_display, depth=depth + 1)
         body = fit_parts(body, boundary, lambda part: display(part, next(lines)), clear=False) or body
-    return joined(fields) + (blank or CRLF) + body
+    return joined(fields) + CRLF + body
 
 
 def with_line(fields: list[bytes], body: bytes, line: str, charset: str, *, html: bool) -> tuple[list[bytes], bytes]:
     """Header fields and body of a text part, with this line on top, if there is one and the text can be decoded."""
     from html import escape
 
-    fields = with_parameter(fields, b"hp-legacy-display", b"")
-    encoding = transfer_encoding(fields)
+    fields, encoding = with_parameter(fields, b"hp-legacy-display", b""), transfer_encoding(fields)
     try:
         text = decoded(body, encoding).decode(charset)
     except (LookupError, ValueError):
