@@ -664,14 +664,14 @@ def wire_address(address: str) -> str:
 # ----------------------------------------------------------------------------- message: header fit for transport
 
 # raw words, with the blanks between them and encoded words: to be shown these must be encoded, RFC 2047 section 6.2
-RUN = rb"(?:(?<=\?=)\s+)?%(word)b(?:\s+%(word)b)*(?:\s+(?==\?))?"
+RUN = rb"(?:(?<=\?=)\s+)?%b(?:\s+%b)*(?:\s+(?==\?))?"
+RAW_WORD = rb"\S*[\x80-\xff]\S*"
+UNSTRUCTURED = RUN % (RAW_WORD, RAW_WORD) + rb"|\S+"
 BYTES_QUOTED = QUOTED.encode()
-UNSTRUCTURED = RUN % {b"word": rb"\S*[\x80-\xff]\S*"} + rb"|\S+"
-ADDRESS_LIST = (
-    rb'(?s)(?P<address><[^<>]*>|(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]{0,998}<))|' % BYTES_QUOTED
-    + rb"(?P<phrase>%b)|" % (RUN % {b"word": rb'(?:%b|[^\s"<>(),:;]*[\x80-\xff][^\s"<>(),:;]*)' % BYTES_QUOTED})
-    + rb'[^\s"<>(),:;]+'
-)
+BARE_ADDRESS = rb'(?:%b|[^\s"<>(),:;@]+)@[^\s"<>(),;]+(?![^,;<]{0,998}<)' % BYTES_QUOTED  # no name with an @ in it
+NAME_WORD = rb'(?:%b|[^\s"<>(),:;]*[\x80-\xff][^\s"<>(),:;]*)' % BYTES_QUOTED
+NAME_RUN = RUN % (NAME_WORD, rb"(?!%b)%b" % (BARE_ADDRESS, NAME_WORD))
+ADDRESS_LIST = rb'(?s)(?P<address><[^<>]*>|%b)|(?P<phrase>%b)|[^\s"<>(),:;]+' % (BARE_ADDRESS, NAME_RUN)
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
