@@ -135,6 +135,7 @@ gc.enable()
 ODD_CERTIFICATES = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm)
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Certificates = list[x509.Certificate]
+Sources = Mapping[x509.Certificate, str]  # certificates, each with the file that holds it
 Answers = dict[str, tuple[int, bytes]]  # of an SMTP server, to recipients
 Fault = tuple[str, str, str]  # the check, what is wrong, and the cure
 Extension = TypeVar("Extension")
@@ -166,6 +167,7 @@ CRLF = b"\r\n"
 KEY_SUFFIXES, CERTIFICATE_SUFFIXES = (".pem", ".p12", ".pfx"), (".crt", ".cer")
 SMALLEST_RSA_KEY = 2048  # bits, RFC 8551 section 4.3
 CURVES = ("secp256r1", "secp384r1", "secp521r1")  # P-256, P-384 and P-521
+MAIL_USES = {ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}  # RFC 8550 section 4.4.4
 SMTP_UTF8_MAILBOX = "1.3.6.1.5.5.7.8.9"  # RFC 9598
 CHECKS = ("validity", "address", "usage", "key_size", "chain")  # of certificates, RFC 8550 sections 3 and 4
 
@@ -1086,60 +1088,53 @@ class Keyring:
         """The key of an address, with its certificate and chain from its file and from ADDRESS.crt. Raises Error."""
         path = key_file(self.folder, address, KEY_SUFFIXES, "put the private key there")
         key, certificates = read_keys(path, self.password, private=True)
-        if key is None:
+        if not isinstance(key, PrivateKey):
             raise Error(f"{path}: this file holds no key that can sign S/MIME", "use RSA or P-256, P-384 or P-521")
-        public = key.public_key()
-
-        def belongs(certificate: x509.Certificate) -> bool:
-            return certificate.public_key() == public
-
-        held = any(map(belongs, certificates))
-        if not held or len(certificates) == 1:  # one alone may have its chain there, or the one that renews it
-            beside = ""
-            with suppress(Error) if held else nullcontext():
-                beside = key_file(self.folder, address, CERTIFICATE_SUFFIXES, "put the certificate of the key there")
-            more = read_keys(beside)[1] if beside else []
-            if not held or any(map(belongs, more)):
-                path = beside
-            certificates = list(dict.fromkeys([*certificates, *more]))
-        own = list(filter(belongs, certificates))
+        public, files = key.public_key(), dict.fromkeys(certificates, path)
+        held = any(each.public_key() == public for each in files)
+        if not held or len(files) == 1:  # one alone may have its chain there, or the one that renews it
+            cure = "" if held else "put the certificate of the key there"
+            path = key_file(self.folder, address, CERTIFICATE_SUFFIXES, cure)
+            files = dict.fromkeys(read_keys(path)[1] if path else [], path) | files
+        own = {each: file for each, file in files.items() if each.public_key() == public}
         if not own:
             raise Error(f"{path}: no certificate here belongs to the key of {address}", "get the one made for this key")
-        chain = [certificate for certificate in certificates if certificate not in own]
-        return Signer(key, self.choose(own, chain, address, path, "signatures"), chain)
+        chain = [each for each in files if each not in own]
+        return Signer(key, self.choose(own, chain, address, "signatures"), chain)
 
     def load_recipient(self, address: str) -> x509.Certificate:
         """The certificate of an address; those of issuers in its file are passed over. Raises Error."""
         cure = f"a signed message from {address} holds it: see 'Getting key files' in the README"
         path = key_file(self.folder, address, CERTIFICATE_SUFFIXES + KEY_SUFFIXES[1:], cure)
         certificates = read_keys(path, self.password, private=path.endswith(KEY_SUFFIXES))[1]
-        own = owned(address, certificates)
-        chain = [certificate for certificate in certificates if certificate not in own]
-        return self.choose(own, chain, address, path, "encryption")
+        own = dict.fromkeys(owned(address, certificates), path)
+        if not own:
+            raise Error(f"{address}: {path}: only issuers' certificates are in this file", "add its own")
+        return self.choose(own, [each for each in certificates if each not in own], address, "encryption")
 
-    def choose(self, own: Certificates, chain: Certificates, address: str, path: str, purpose: str) -> x509.Certificate:
+    def choose(self, own: Sources, chain: Certificates, address: str, purpose: str) -> x509.Certificate:
         """The usable certificate of an address: of those with the fewest faults, the one that began last.
 
         Raises Error, which tells the faults of each. Warns of the faults in skipped checks, and of an end that is near.
         """
-        where, judged = f"{address}: {path}", [(list(self.faults(each, chain, address, purpose)), each) for each in own]
-        usable = [(faults, each) for faults, each in judged if all(fault[0] in self.skipped for fault in faults)]
-        if not usable:
+        faults = {each: list(self.faults(each, chain, address, purpose)) for each in own}
+        grave = {each: [fault for fault in faults[each] if fault[0] not in self.skipped] for each in own}
+        if all(grave.values()):
             which = " with serial number {:X}" if len(own) > 1 else ""
             reasons = [
-                f"{where}: this certificate{which.format(each.serial_number)} {what} - {cure}"
-                for faults, each in judged
-                for check, what, cure in faults
-                if check not in self.skipped
+                f"{address}: {own[each]}: this certificate{which.format(each.serial_number)} {what} - {cure}"
+                for each in own
+                for _, what, cure in grave[each]
             ]
-            raise Error("; ".join(reasons) or f"{where}: only issuers' certificates are in this file - add its own")
-        faults, chosen = max(usable, key=lambda item: (-len(item[0]), item[1].not_valid_before_utc))
-        remarks = [what for _, what, _ in faults]
+            raise Error("; ".join(reasons))
+        usable = (each for each in own if not grave[each])
+        chosen = max(usable, key=lambda each: (-len(faults[each]), each.not_valid_before_utc))
+        remarks = [what for _, what, _ in faults[chosen]]
         if not email_addresses(chosen):
             remarks.append("names no address: only its file's name says whose it is")
         if 0 <= (chosen.not_valid_after_utc - self.now).days < 30:
             remarks.append(f"ends on {chosen.not_valid_after_utc:%Y-%m-%d}")
-        self.remarks += [f"{where}: this certificate {remark}" for remark in remarks]
+        self.remarks += [f"{address}: {own[chosen]}: this certificate {remark}" for remark in remarks]
         return chosen
 
     def faults(self, certificate: x509.Certificate, chain: Certificates, address: str, purpose: str) -> Iterator[Fault]:
@@ -1159,7 +1154,7 @@ class Keyring:
         bits = ("digital_signature", "content_commitment") if purpose == "signatures" else (sealing,)
         if usage and not any(getattr(usage, bit) for bit in bits):
             yield "usage", f"is not for {purpose} (its key usage)", "get one for S/MIME"
-        if extended and not serves_mail(extended):
+        if extended and MAIL_USES.isdisjoint(extended):
             yield "usage", "is not for e-mail (its extended key usage)", "get one for S/MIME"
         if isinstance(key, rsa.RSAPublicKey) and key.key_size < SMALLEST_RSA_KEY:
             yield "key_size", f"holds an RSA key of {key.key_size} bits", f"get one of {SMALLEST_RSA_KEY} or more"
@@ -1169,7 +1164,10 @@ class Keyring:
 
 
 def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> str:
-    """The path of an address's key file: spelt as the address is, else in lower case. Raises Error."""
+    """The path of an address's key file: spelt as the address is, else in lower case.
+
+    Where there is none, raises Error, or returns an empty path if there is no cure to name.
+    """
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
@@ -1177,89 +1175,81 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
         with system_errors(path), suppress(FileNotFoundError, UnicodeEncodeError):
             os.stat(path)
             return path
-    raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
+    if cure:
+        raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
+    return ""
 
 
-def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[PrivateKey | None, Certificates]:
-    """The private key in a file, where one that can sign is looked for, and its certificates, each once.
+def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[Any, Certificates]:
+    """The private key in a file, where one is looked for, and its certificates, each once.
 
     Reads PKCS #12, PEM with whatever text around it, and a certificate in DER. Raises Error, which tells nothing of
     what the file holds.
     """
-    bag = private and path.endswith(KEY_SUFFIXES[1:])
-    data = read_file(path, secret=private)
-    encrypted = b"-----BEGIN ENCRYPTED" in data or b"Proc-Type: 4,ENCRYPTED" in data
-    key: object = None
+    data, key = read_file(path, secret=private), None
     certificates: Certificates = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
-            if bag:
-                key, certificates = load_bag(data, password)
+            if private and path.endswith(KEY_SUFFIXES[1:]):
+                from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+
+                bag = unlocked(load_pkcs12, data, password)
+                key, certificates = bag.key, [each.certificate for each in (bag.cert, *bag.additional_certs) if each]
             elif private:
-                key = load_pem_private_key(data, password.encode() if encrypted and password else None)
-            if not bag and b"-----BEGIN CERTIFICATE-----" in data:
+                key = unlocked(load_pem_private_key, data, password)
+            if not certificates and b"-----BEGIN CERTIFICATE-----" in data:
                 certificates = x509.load_pem_x509_certificates(data)
             elif not private:
                 certificates = [x509.load_der_x509_certificate(data)]
             for certificate in certificates:  # parsed when first asked for
                 certificate.public_key(), certificate.subject, certificate.extensions
     except (ValueError, TypeError, *ODD_CERTIFICATES):
-        what, cure = "private key", "it must hold one in PEM form"
-        if bag:
-            what, cure = "key or certificate", "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
-        elif not private:
-            what, cure = "certificate", "it must hold some in PEM form, or one in DER"
-        elif encrypted:
-            cure = "is SMIME_KEY_PASSWORD right?" if password else "it has a passphrase: set SMIME_KEY_PASSWORD"
+        what, cure = "certificate", "it must hold some in PEM form, or one in DER"
+        if private:
+            what, cure = "key", "it must be in PEM form, or PKCS #12 if it is named so; is SMIME_KEY_PASSWORD right?"
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
-    signs = isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey))
-    return key if signs else None, list(dict.fromkeys(certificates))  # type: ignore[return-value]
+    return key, list(dict.fromkeys(certificates))
 
 
-def load_bag(data: bytes, password: str) -> tuple[object, Certificates]:
-    """Key and certificates of PKCS #12; without a passphrase too, where another file needs it. Raises ValueError."""
-    from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
-
+def unlocked(load: Callable[[bytes, bytes | None], Any], data: bytes, password: str) -> Any:
+    """What is loaded with the passphrase, or without it, where only another file needs it. Raises what `load` does."""
     try:
-        bag = load_pkcs12(data, password.encode() or None)
-    except ValueError:
-        bag = load_pkcs12(data, None)
-    return bag.key, [each.certificate for each in (bag.cert, *bag.additional_certs) if each]
+        return load(data, password.encode() or None)
+    except (ValueError, TypeError):
+        return load(data, None)
 
 
 def owned(address: str, certificates: Certificates) -> Certificates:
     """Those of the certificates that may be the address's own, rather than an issuer's of another one."""
-    fields = {each: raw_fields(each) for each in certificates}
-    issuer, subject = ({each: fields[each][place] for each in certificates} for place in (2, 4))
-    issued = [each for each in certificates if issuer[each] != subject[each]]  # by another
-    issuers = [issuer[each] for each in issued]
-    ends = [each for each in certificates if subject[each] not in issuers]
-    leaves = [each for each in certificates if not is_authority(each)]
+    names = {each: raw_names(each)[1:] for each in certificates}
+    issued = [each for each, (issuer, subject) in names.items() if issuer != subject]  # by another
+    issuers = [names[each][0] for each in issued]
+    ends = [each for each, (_, subject) in names.items() if subject not in issuers]
+    leaves = [each for each in certificates if not getattr(extension(each, x509.BasicConstraints), "ca", False)]
     naming = [each for each in certificates if same_address(address) in map(same_address, email_addresses(each))]
     return (
         [each for each in naming if each in ends or each in leaves]  # a CA of one's own may name the address too
         or [each for each in ends if each in leaves and each in issued]
-        or naming
         or [each for each in ends if each not in issued]  # a root counts where no leaf is
     )
 
 
-def raw_fields(certificate: x509.Certificate) -> list[bytes]:
-    """Serial number, algorithm, issuer, validity, subject and so on, as the bytes in the certificate, however odd."""
-    der, found = certificate.tbs_certificate_bytes, list[bytes]()
-    start = content_start(der)
-    while start < len(der):
-        content = content_start(der, start)
-        end = content + (int.from_bytes(der[start + 2 : content], "big") or der[start + 1])
-        found += [der[start:end]] if der[start] != 0xA0 else []  # the version
-        start = end
-    return found
+def raw_names(certificate: x509.Certificate) -> tuple[bytes, bytes, bytes]:
+    """Serial number, issuer and subject as the bytes in the certificate, however odd (RFC 5280 section 4.1)."""
+    der, fields = certificate.tbs_certificate_bytes, list[bytes]()
+    der = der[content_start(der) :]
+    while der:
+        start = content_start(der)
+        end = start + (int.from_bytes(der[2:start], "big") or der[1])
+        fields += [der[:end]] if der[0] != 0xA0 else []  # the version
+        der = der[end:]
+    return fields[0], fields[2], fields[4]
 
 
-def content_start(der: bytes, start: int = 0) -> int:
-    """Where the content of the element that begins here begins, behind its tag and length (X.690 section 8.1.3)."""
-    return start + 2 + max(0, der[start + 1] - 0x80)
+def content_start(der: bytes) -> int:
+    """Where the content of the first element begins, behind its tag and length (X.690 section 8.1.3)."""
+    return 2 + max(0, der[1] - 0x80)
 
 
 def extension(certificate: x509.Certificate, kind: type[Extension]) -> Extension | None:
@@ -1268,16 +1258,6 @@ def extension(certificate: x509.Certificate, kind: type[Extension]) -> Extension
 
 def is_rsa(certificate: x509.Certificate) -> bool:
     return certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5
-
-
-def is_authority(certificate: x509.Certificate) -> bool:
-    return bool(getattr(extension(certificate, x509.BasicConstraints), "ca", False))
-
-
-def serves_mail(usage: Iterable[object]) -> bool:
-    """Whether an extended key usage is good for S/MIME (RFC 8550 section 4.4.4)."""
-    good = {ExtendedKeyUsageOID.EMAIL_PROTECTION, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
-    return not good.isdisjoint(usage)
 
 
 def email_addresses(certificate: x509.Certificate) -> list[str]:
@@ -1301,7 +1281,9 @@ def chain_fault(certificate: x509.Certificate, chain: Certificates, roots: Certi
     from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
     def check(_: object, __: object, usage: Any) -> None:
-        if usage and not (usage.key_cert_sign if isinstance(usage, x509.KeyUsage) else serves_mail(usage)):
+        if isinstance(usage, x509.KeyUsage) and not usage.key_cert_sign:
+            raise ValueError("its issuer is not for certificates")
+        if isinstance(usage, x509.ExtendedKeyUsage) and MAIL_USES.isdisjoint(usage):
             raise ValueError("its issuer is not for e-mail")
 
     policies = (x509.CertificatePolicies, Criticality.AGNOSTIC, None)  # any will do
@@ -1343,10 +1325,10 @@ def sign(entity: bytes, signer: Signer, *, opaque: bool, pss: bool) -> bytes:
         return cms_entity("mime; smime-type=signed-data", signature)
     while (boundary := b"----=_" + os.urandom(16).hex().encode()) in entity:
         pass
-    header = (
+    start = (
         b'Content-Type: multipart/signed; protocol="application/pkcs7-signature";\r\n\tmicalg=sha-256; boundary="%b"'
-    )
-    start = (header + b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n") % (boundary, boundary)
+        b"\r\n\r\nThis message is signed with S/MIME.\r\n--%b\r\n"
+    ) % (boundary, boundary)
     sealed = cms_entity("signature", signature, b"\r\n--%b\r\n" % boundary, name="smime.p7s")
     return b"".join((start, entity, sealed, b"\r\n--%b--\r\n" % boundary))
 
@@ -1359,15 +1341,15 @@ def encrypt(entity: bytes, certificates: Certificates, *, gcm: bool, oaep: bool,
     recipients = list(dict.fromkeys(certificates))
     try:
         if gcm or oaep or not all(map(is_rsa, recipients)):
-            kind = f"mime; smime-type={'authEnveloped' if gcm else 'enveloped'}-data"
-            return cms_entity(kind, enveloped_data(entity, recipients, gcm=gcm, oaep=oaep), before)
-        builder = pkcs7.PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
-        for certificate in recipients:
-            builder = builder.add_recipient(certificate)
-        der = builder.encrypt(Encoding.DER, [pkcs7.PKCS7Options.Binary])
-        return cms_entity("mime; smime-type=enveloped-data", der, before)
+            der = enveloped_data(entity, recipients, gcm=gcm, oaep=oaep)
+        else:
+            builder = pkcs7.PKCS7EnvelopeBuilder().set_data(entity).set_content_encryption_algorithm(AES256)
+            for certificate in recipients:
+                builder = builder.add_recipient(certificate)
+            der = builder.encrypt(Encoding.DER, [pkcs7.PKCS7Options.Binary])
     except ValueError:
         raise Error("a recipient's certificate holds a key that cannot encrypt", "ask for a new one") from None
+    return cms_entity(f"mime; smime-type={'authEnveloped' if gcm else 'enveloped'}-data", der, before)
 
 
 def cms_entity(kind: str, der: bytes, before: bytes = b"", *, name: str = "smime.p7m") -> bytes:
@@ -1382,18 +1364,16 @@ def cms_entity(kind: str, der: bytes, before: bytes = b"", *, name: str = "smime
 
 def enveloped_data(content: bytes, certificates: Certificates, *, gcm: bool, oaep: bool) -> bytes:
     """EnvelopedData (RFC 5652 section 6), or AuthEnvelopedData with AES-GCM (RFC 5083, RFC 5084). Raises ValueError."""
-    from cryptography.hazmat.primitives.ciphers import Cipher
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    from cryptography.hazmat.primitives.ciphers.modes import CBC
+    from cryptography.hazmat.primitives.ciphers import Cipher, aead, modes
     from cryptography.hazmat.primitives.padding import PKCS7
 
     key, nonce = os.urandom(32), os.urandom(12 if gcm else 16)
     if gcm:
-        sealed = AESGCM(key).encrypt(nonce, content, None)
+        sealed = aead.AESGCM(key).encrypt(nonce, content, None)
         sealed, tag = sealed[:-16], octets(sealed[-16:])
         algorithm = sequence(oid("2.16.840.1.101.3.4.1.46"), sequence(octets(nonce), integer(16)))
     else:
-        pad, cipher = PKCS7(128).padder(), Cipher(AES256(key), CBC(nonce)).encryptor()
+        pad, cipher = PKCS7(128).padder(), Cipher(AES256(key), modes.CBC(nonce)).encryptor()
         sealed, tag = cipher.update(pad.update(content) + pad.finalize()) + cipher.finalize(), b""
         algorithm = sequence(oid("2.16.840.1.101.3.4.1.42"), octets(nonce))
     infos = sorted(recipient_info(each, key, oaep=oaep) for each in certificates)  # a SET OF, X.690 section 11.6
@@ -1409,6 +1389,8 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
     from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 
     public = certificate.public_key()
+    serial, issuer, _ = raw_names(certificate)
+    name = sequence(issuer, serial)  # IssuerAndSerialNumber, RFC 5652 section 10.2.4
     if isinstance(public, rsa.RSAPublicKey):
         sha256 = sequence(oid("2.16.840.1.101.3.4.2.1"))
         mgf1 = sequence(oid("1.2.840.113549.1.1.8"), sha256)
@@ -1417,9 +1399,8 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
         if oaep:
             algorithm = sequence(oid("1.2.840.113549.1.1.7"), sequence(element(0xA0, sha256), element(0xA1, mgf1)))
             scheme = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
-        return sequence(integer(0), issuer_and_serial(certificate), algorithm, octets(public.encrypt(key, scheme)))
-    if not isinstance(public, ec.EllipticCurvePublicKey):
-        raise ValueError
+        return sequence(integer(0), name, algorithm, octets(public.encrypt(key, scheme)))
+    assert isinstance(public, ec.EllipticCurvePublicKey)  # as Keyring.faults has seen to
     ephemeral = ec.generate_private_key(public.curve)
     originator = ephemeral.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     key_wrap = sequence(oid("2.16.840.1.101.3.4.1.45"))
@@ -1430,14 +1411,8 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
         integer(3),
         element(0xA0, b"\xa1" + originator[1:]),  # [1] IMPLICIT in place of SEQUENCE
         sequence(oid("1.3.132.1.11.1"), key_wrap),
-        sequence(sequence(issuer_and_serial(certificate), octets(aes_key_wrap(wrapping_key, key)))),
+        sequence(sequence(name, octets(aes_key_wrap(wrapping_key, key)))),
     )
-
-
-def issuer_and_serial(certificate: x509.Certificate) -> bytes:
-    """IssuerAndSerialNumber (RFC 5652 section 10.2.4)."""
-    serial, _, issuer = raw_fields(certificate)[:3]
-    return sequence(issuer, serial)
 
 
 def element(tag: int, *contents: bytes) -> bytes:
