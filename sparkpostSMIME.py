@@ -162,6 +162,7 @@ LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
 STARS = "*" * 40
 NUMBER = 8  # bytes, of a file's number among those that the processes share
+NO_TRACKING = b'X-MSYS-API: {"options": {"open_tracking": false, "click_tracking": false}}\r\n'  # it breaks signatures
 SPARKPOST_HOSTS = (".sparkpostmail.com", ".sparkpostelite.com", ".sparkpost.com")
 CRLF = b"\r\n"
 KEY_SUFFIXES, CERTIFICATE_SUFFIXES = (".pem", ".p12", ".pfx"), (".crt", ".cer")
@@ -1164,10 +1165,7 @@ class Keyring:
 
 
 def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> str:
-    """The path of an address's key file: spelt as the address is, else in lower case.
-
-    Where there is none, raises Error, or returns an empty path if there is no cure to name.
-    """
+    """The path of an address's key file, in its own spelling, else in lower case. Raises Error, if there is a cure."""
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
@@ -1177,7 +1175,7 @@ def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> s
             return path
     if cure:
         raise Error(f"{paths[0]} not found", f"{cure}; --keys names the folder")
-    return ""
+    return ""  # nothing is amiss
 
 
 def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[Any, Certificates]:
@@ -1207,7 +1205,8 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
     except (ValueError, TypeError, *ODD_CERTIFICATES):
         what, cure = "certificate", "it must hold some in PEM form, or one in DER"
         if private:
-            what, cure = "key", "it must be in PEM form, or PKCS #12 if it is named so; is SMIME_KEY_PASSWORD right?"
+            secret = "is SMIME_KEY_PASSWORD right?" if password else "if it has a passphrase, set SMIME_KEY_PASSWORD"
+            what, cure = "key", f"it must be in PEM form, or PKCS #12 if it is named so; {secret}"
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
     return key, list(dict.fromkeys(certificates))
 
@@ -1400,7 +1399,8 @@ def recipient_info(certificate: x509.Certificate, key: bytes, *, oaep: bool) -> 
             algorithm = sequence(oid("1.2.840.113549.1.1.7"), sequence(element(0xA0, sha256), element(0xA1, mgf1)))
             scheme = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
         return sequence(integer(0), name, algorithm, octets(public.encrypt(key, scheme)))
-    assert isinstance(public, ec.EllipticCurvePublicKey)  # as Keyring.faults has seen to
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise ValueError
     ephemeral = ec.generate_private_key(public.curve)
     originator = ephemeral.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     key_wrap = sequence(oid("2.16.840.1.101.3.4.1.45"))
@@ -1566,38 +1566,40 @@ class Smtp:
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
         """Raises Error when no recipient was accepted."""
         if self.settings.smtp_host.lower().endswith(SPARKPOST_HOSTS):
-            message = untracked(message)
+            own = any(field_name(field) == "x-msys-api" for field in split_entity(message)[0])
+            message = message if own else NO_TRACKING + message
         if not self.session or self.used >= MESSAGES_PER_CONNECTION:
             self.opened += self.open()
         spelt = {wire_address(recipient): recipient for recipient in envelope.recipients}
         answers = self.transact(wire_address(envelope.sender), list(spelt), message)
-        accepted = tuple(recipient for address, recipient in spelt.items() if address not in answers)
-        left = tuple(spelt[address] for address, (code, _) in answers.items() if code == TOO_MANY_RECIPIENTS)
         refused = {address: answer for address, answer in answers.items() if answer[0] != TOO_MANY_RECIPIENTS}
-        errors = [without_secrets(str(refused), self.settings)] if refused else []
-        temporary = all(400 <= code < 500 for code, _ in refused.values())
-        reasons = {spelt[address]: without_secrets(str(answer), self.settings) for address, answer in refused.items()}
-        return Receipt(accepted, reasons, errors, temporary, left=left)
+        return Receipt(
+            accepted=tuple(recipient for address, recipient in spelt.items() if address not in answers),
+            refused={spelt[address]: without_secrets(str(refused[address]), self.settings) for address in refused},
+            errors=[without_secrets(str(refused), self.settings)] if refused else [],
+            temporary=all(400 <= code < 500 for code, _ in refused.values()),
+            left=tuple(spelt[address] for address in answers if address not in refused),
+        )
 
     def transact(self, sender: str, recipients: Sequence[str], message: bytes) -> Answers:
         """Who was refused in one transaction. Raises Error.
 
         It begins anew over a new connection where the server closed the old one before the message was handed over.
         """
-        while True:
-            reused = self.used > 0
-            self.used += 1
-            self.attempts += 1
-            try:
-                options = self.mail_options(message, [sender, *recipients])
-                with smtp_errors(self.settings, self.session):
-                    answers: Answers = self.session.transact(sender, recipients, message, options)
-                    return answers
-            except Lost as error:
-                self.close()
-                if not reused or not isinstance(error, Closed):
-                    raise
-            self.open()
+        reused = self.used > 0
+        self.used += 1
+        self.attempts += 1
+        try:
+            options = self.mail_options(message, [sender, *recipients])
+            with smtp_errors(self.settings, self.session):
+                answers: Answers = self.session.transact(sender, recipients, message, options)
+                return answers
+        except Lost as error:
+            self.close()
+            if not reused or not isinstance(error, Closed):
+                raise
+        self.open()
+        return self.transact(sender, recipients, message)
 
     def mail_options(self, message: bytes, mailboxes: Iterable[str]) -> str:
         """What MAIL FROM must say of the message (RFC 1870, RFC 6152, RFC 6531).
@@ -1609,8 +1611,7 @@ class Smtp:
         if message[: message.index(CRLF + CRLF)].isascii() and all(address.isascii() for address in mailboxes):
             return size + (" BODY=8BITMIME" if not message.isascii() and session.has_extn("8bitmime") else "")
         if not session.has_extn("smtputf8"):
-            where = f"{self.settings.smtp_host} does not offer SMTPUTF8, which addresses outside ASCII need"
-            raise Error(where, "use an address in ASCII, or another server")
+            raise Error(f"{self.settings.smtp_host} does not offer SMTPUTF8", "use ASCII addresses or another server")
         return f"{size} SMTPUTF8 BODY=8BITMIME"
 
     def close(self) -> None:
@@ -1621,32 +1622,24 @@ class Smtp:
         self.session = None
 
 
-def untracked(message: bytes) -> bytes:
-    """Ask SparkPost not to rewrite links, which would break the signature; a header of the user's own stays."""
-    if any(field_name(field) == "x-msys-api" for field in split_entity(message)[0]):
-        return message
-    return b'X-MSYS-API: {"options": {"open_tracking": false, "click_tracking": false}}\r\n' + message
-
-
 def open_session(settings: Settings) -> tuple[Session, str]:
     """A session with the server, and how it is secured. Raises Error, and what smtplib and ssl raise.
 
     A password crosses no network without verified TLS (RFC 8314 section 3).
     """
-    session = greet(settings)
+    session, host = greet(settings), settings.smtp_host
     if settings.smtp_tls == "off" or not session.has_extn("starttls"):
         if settings.smtp_tls == "verify":
-            cure = "SMTP_TLS=verify demands it; is the port right?"
-            raise Barred(f"{settings.smtp_host} does not offer STARTTLS", cure)
+            raise Barred(f"{host} does not offer STARTTLS", "SMTP_TLS=verify demands it; is the port right?")
         if exposes_password(session, settings):
-            cure = "do not set SMTP_TLS=off" if settings.smtp_tls == "off" else "use a port that offers STARTTLS"
-            raise Barred(f"{settings.smtp_host}: a password is not sent over a plain connection", cure)
+            cure = "use a port that offers STARTTLS, and not SMTP_TLS=off"
+            raise Barred(f"{host}: a password is not sent over a plain connection", cure)
         return session, "plain"
     try:
         session.starttls(context=tls_context(settings.smtp_ca_file))
         return session, "STARTTLS"
     except ssl.SSLCertVerificationError as error:
-        failure = f"{settings.smtp_host}: its certificate cannot be verified: {error.verify_message}"
+        failure = f"{host}: its certificate cannot be verified: {error.verify_message}"
     session.close()  # a failed handshake ends the connection
     session = greet(settings)
     if settings.smtp_tls == "verify" or settings.smtp_ca_file or exposes_password(session, settings):
@@ -1729,10 +1722,10 @@ class Api:
 
         self.settings, self.own_return_path, self.attempts = settings, own_return_path, 0
         self.opened = ["Opened API connection", f"Host: {settings.api_host}", f'API key: "{STARS}"']
-        self.handler = kept_connection()
-        in_the_clear = settings.api_host.startswith("http:")  # to loopback only, so the key must pass no proxy
+        secure = settings.api_host.startswith("https:")  # else it is on loopback, and the key must pass no proxy
+        self.handler = kept_connection(secure=secure)
         self.opener = request.OpenerDirector()  # follows no redirection, lest the key go along; no HTTPError
-        self.opener.add_handler(request.ProxyHandler({} if in_the_clear else None))
+        self.opener.add_handler(request.ProxyHandler(None if secure else {}))
         self.opener.add_handler(self.handler)
 
     def deliver(self, message: bytes, envelope: Envelope) -> Receipt:
@@ -1740,13 +1733,11 @@ class Api:
         import json
 
         if len(message) > LARGEST_CONTENT:
-            what = f"the API takes no message over {LARGEST_CONTENT} bytes, this has {len(message)}"
-            raise Error(what, "use --send_smtp")
+            raise Error(f"the API takes no message over {LARGEST_CONTENT} bytes", "use --send_smtp")
         try:
             content = message.decode()
         except UnicodeDecodeError:
-            cure = "sign or encrypt it, or use --send_smtp"
-            raise Error("the API takes eight-bit text in UTF-8 only", cure) from None
+            raise Error("the API takes text in UTF-8 only", "sign or encrypt it, or use --send_smtp") from None
         options = dict.fromkeys(("open_tracking", "click_tracking", "perform_substitutions"), False)
         transmission: dict[str, object] = {
             "options": options | {"transactional": True},
@@ -1777,10 +1768,10 @@ class Api:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 reason = f"{host}: its certificate cannot be verified: {error.reason.verify_message}"
                 raise Barred(reason, "name the CA that issued it in SSL_CERT_FILE") from None
-            if self.handler.reused:  # closed before all of the request was there
+            if self.handler.connection.reused:  # closed before all of the request was there
                 return self.post(body)
-            reason = getattr(error.reason, "strerror", None) or str(error.reason)
             kind = Closed if self.handler.connection.reached else Unreachable
+            reason = getattr(error.reason, "strerror", None) or str(error.reason)
             raise kind(f"{host}: {reason}", "is SPARKPOST_HOST right, and the network up?") from None
         except (InvalidURL, ValueError):
             raise Error(f"{host}: no request to this address is possible", "is HTTPS_PROXY right?") from None
@@ -1827,22 +1818,25 @@ class Api:
         pass
 
 
-def kept_connection() -> Any:
+def kept_connection(*, secure: bool) -> Any:
     """urllib's handler of http and https, over one connection for 15 minutes or until the server closes it."""
     from http import client
     from urllib import request
 
     class Connection(client.HTTPConnection):
         sock: Any
-        kept: Any = None
-        reached = False
+        kept: Any = None  # the socket between two requests, when urllib would close it
+        reached = reused = False  # for the request under way
+        opened = 0.0
 
         def connect(self) -> None:
             super().connect()
-            self.reached = True
+            self.reached, self.opened = True, monotonic()
 
         def request(self, method: str, url: str, body: Any = None, headers: Any = None, **named: Any) -> None:
-            self.sock, self.kept = self.kept, None
+            young = monotonic() < self.opened + CONNECTION_LIFE
+            self.reused = self.reached = bool(self.kept) and young and not ready(self.kept.fileno(), POLLIN, 0)
+            self.sock, self.kept = self.kept if self.reused else None, None
             super().request(method, url, body, headers | {"Connection": "keep-alive"}, **named)
 
         def getresponse(self) -> Any:
@@ -1850,7 +1844,7 @@ def kept_connection() -> Any:
             response = super().getresponse()
             if self.sock:
                 self.sock.settimeout(TIMEOUT)
-            self.kept, self.sock = self.sock, None  # urllib closes what it finds here
+            self.kept, self.sock = self.sock, None
             return response
 
     class SecureConnection(Connection, client.HTTPSConnection):  # https is verified
@@ -1858,23 +1852,17 @@ def kept_connection() -> Any:
 
     class Handler(request.AbstractHTTPHandler):
         http_request = https_request = request.AbstractHTTPHandler.do_request_
-        connection = Connection("")  # to no host, so never opened
-        reused, opened = False, 0.0
+        connection: Any = Connection("")  # to no host, until one is known
 
-        def connect(self, host: str, *, kind: type[Connection] = Connection, **named: Any) -> Any:
-            idle = self.connection.kept
-            young = monotonic() < self.opened + CONNECTION_LIFE
-            self.reused = bool(idle) and young and not ready(idle.fileno(), POLLIN, 0)
-            if not self.reused:
-                self.connection = kind(host, blocksize=PIECE, **named)
-                self.opened = monotonic()
+        def connect(self, host: str, **named: Any) -> Any:
+            if not self.connection.host:
+                self.connection = (SecureConnection if secure else Connection)(host, blocksize=PIECE, **named)
             return self.connection
 
         def http_open(self, request: request.Request) -> Any:
             return self.do_open(self.connect, request)
 
-        def https_open(self, request: request.Request) -> Any:
-            return self.do_open(self.connect, request, kind=SecureConnection)
+        https_open = http_open
 
     return Handler()
 
