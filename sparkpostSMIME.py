@@ -109,7 +109,7 @@ from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from errno import EWOULDBLOCK
 from functools import cache, lru_cache, partial
 from ipaddress import ip_address
-from itertools import chain, count, repeat
+from itertools import count
 from select import POLLIN, POLLOUT, poll
 from stat import S_ISREG
 from struct import unpack
@@ -519,7 +519,7 @@ ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
 NAME = rf'(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:])*'
 BRACKETED = rf'(?s){NAME}<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
 # the name of a group, a mailbox, or what is neither
-LISTED = rf'(?s)(?:{QUOTED}|[^"<>,;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
+LISTED = rf'(?s)(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
@@ -667,7 +667,7 @@ def wire_address(address: str) -> str:
 # ----------------------------------------------------------------------------- message: header fit for transport
 
 # raw words, with the blanks between them and encoded words: to be shown these must be encoded, RFC 2047 section 6.2
-RUN = rb"(?:(?<=\?=)\s+)?%b(?:\s+%b)*(?:\s+(?==\?))?"
+RUN = rb"(?:(?<=[^\s?]\?=)\s+)?%b(?:\s+%b)*(?:\s+(?==\?[^?\s]))?"
 RAW_WORD = rb"\S*[\x80-\xff]\S*"
 UNSTRUCTURED = RUN % (RAW_WORD, RAW_WORD) + rb"|\S+"
 BYTES_QUOTED = QUOTED.encode()
@@ -678,7 +678,9 @@ ADDRESS_LIST = rb'(?s)(?P<address><[^<>]*>|%b)|(?P<phrase>%b)|[^\s"<>(),:;]+' % 
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
-FOLDABLE = rb"(?=[^\r\n]{%d})([^\r\n]{0,%d}[^ \t\r\n])(?=[ \t]+[^ \t\r\n])" % (LONGEST_LINE + 1, LONGEST_LINE - 1)
+# the start of a long line, up to the last blank that can be folded at, or without one, which is skipped as a whole
+FOLDABLE = rb"(?=[^\r\n]{%d})(?:([^\r\n]{0,%d}[^ \t\r\n])(?=[ \t]+[^ \t\r\n])|[^\r\n]{%d})"
+FOLDABLE %= LONGEST_LINE + 1, LONGEST_LINE - 1, LONGEST_LINE
 TIGHT_COMMA = rb"(?s)(%b)|,(?=[^ \t\r])" % BYTES_QUOTED
 
 
@@ -727,7 +729,7 @@ def fold(field: bytes) -> bytes:
         return field
     if field_name(field) in ADDRESS_FIELDS:
         field = re.sub(TIGHT_COMMA, lambda match: match[1] or b", ", field)
-    return re.sub(FOLDABLE, rb"\1\r\n", field)
+    return re.sub(FOLDABLE, lambda match: match[1] + CRLF if match[1] else match[0], field)
 
 
 def encode_words(match: re.Match[bytes]) -> bytes:
@@ -866,9 +868,11 @@ def media_type(fields: Iterable[bytes], default: str = "text/plain") -> tuple[st
     entity.set_default_type(default)
     for value in field_texts(fields, "content-type")[:1]:
         entity["Content-Type"] = value
+    boundary = charset = ""
     with suppress(ValueError, LookupError, TypeError):  # a parameter in RFC 2231 form may be nonsense
-        return entity.get_content_type(), entity.get_boundary(""), entity.get_content_charset("us-ascii")
-    return entity.get_content_type(), "", ""
+        boundary = entity.get_boundary("")
+        charset = entity.get_content_charset("us-ascii")
+    return entity.get_content_type(), boundary, charset
 
 
 def transfer_encoding(fields: Iterable[bytes]) -> str:
@@ -902,6 +906,8 @@ def fit_parts(body: bytes, boundary: str, fit_part: Callable[[bytes], bytes], *,
     for match in re.finditer(delimiter, body):
         pieces += [fit_piece(body[end : match.start()]), to_crlf(match[0]).rstrip()]
         end, inside = match.end(), not match[1]
+        if not inside:
+            break
     return b"".join([*pieces, fit_piece(body[end:])]) if pieces else None
 
 
@@ -1024,7 +1030,7 @@ def with_legacy_display(entity: bytes, line: str, *, depth: int = 0) -> bytes:
     if kind in ("text/plain", "text/html"):
         fields, body = with_line(fields, body, line, charset, html=kind == "text/html")
     elif boundary and kind in MAIN_TEXT_TYPES:
-        lines = chain([line], repeat(line if kind == "multipart/alternative" else ""))
+        lines = (line if place == 0 or kind == "multipart/alternative" else "" for place in count())
         display = partial(with_legacy_display, depth=depth + 1)
         body = fit_parts(body, boundary, lambda part: display(part, next(lines)), clear=False) or body
     return joined(fields) + CRLF + body
@@ -1165,7 +1171,10 @@ class Keyring:
 
 
 def key_file(folder: str, address: str, suffixes: Sequence[str], cure: str) -> str:
-    """The path of an address's key file, in its own spelling, else in lower case. Raises Error, if there is a cure."""
+    """The path of an address's key file: spelt as the address is, else in lower case. Raises Error.
+
+    Where no cure is named the file need not exist, and the path may be empty.
+    """
     if "/" in address or "\0" in address or address.startswith("."):
         raise Error(f"{address}: an address with / or a leading dot names no key file")
     paths = [os.path.join(folder, name + suffix) for name in (address, address.lower()) for suffix in suffixes]
@@ -1185,15 +1194,16 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
     what the file holds.
     """
     data, key = read_file(path, secret=private), None
+    bag = private and path.endswith(KEY_SUFFIXES[1:])
     certificates: Certificates = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd serial numbers, about which a user can do nothing
-            if private and path.endswith(KEY_SUFFIXES[1:]):
+            if bag:
                 from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 
-                bag = unlocked(load_pkcs12, data, password)
-                key, certificates = bag.key, [each.certificate for each in (bag.cert, *bag.additional_certs) if each]
+                held = unlocked(load_pkcs12, data, password)
+                key, certificates = held.key, [each.certificate for each in (held.cert, *held.additional_certs) if each]
             elif private:
                 key = unlocked(load_pem_private_key, data, password)
             if not certificates and b"-----BEGIN CERTIFICATE-----" in data:
@@ -1204,9 +1214,11 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
                 certificate.public_key(), certificate.subject, certificate.extensions
     except (ValueError, TypeError, *ODD_CERTIFICATES):
         what, cure = "certificate", "it must hold some in PEM form, or one in DER"
-        if private:
-            secret = "is SMIME_KEY_PASSWORD right?" if password else "if it has a passphrase, set SMIME_KEY_PASSWORD"
-            what, cure = "key", f"it must be in PEM form, or PKCS #12 if it is named so; {secret}"
+        if bag:
+            what, cure = "key or certificate", "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
+        elif private:
+            what, cure = "private key", "it must hold one in PEM form"
+            cure = "SMIME_KEY_PASSWORD must be its passphrase" if b"ENCRYPTED" in data else cure
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
     return key, list(dict.fromkeys(certificates))
 
