@@ -84,7 +84,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 import gc
 
 gc.disable()  # while all is imported: none of it is garbage
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGKILL, SIGTERM, getsignal, signal
+from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGKILL, SIGTERM, getsignal, signal
 
 if __name__ == "__main__" and getsignal(SIGINT) != SIG_IGN:
     signal(SIGINT, SIG_DFL)  # so that Ctrl-C leaves no traceback until run() handles it
@@ -153,10 +153,10 @@ MESSAGES_PER_CONNECTION = 100  # of SMTP, as SparkPost advises
 CONNECTION_LIFE = 15 * 60  # seconds, of the API
 COMMANDS_AT_ONCE = 100  # with PIPELINING; more could fill both sides' buffers, RFC 2920 section 3.1
 TOO_MANY_RECIPIENTS = 452
-PIECE = 100_000  # bytes that are sent in one step
+PIECE = 100_000  # bytes that are sent, or read, in one step
 NOTHING_SENT: dict[str, object] = dict(
     message_id=None, sender=None, accepted=[], refused={}, error=None, id=None, seconds=0.0, attempts=0
-)  # what the report says of a message that never left
+)  # what the report says of a message of which nothing else is known
 ENOUGH_FAILURES = 3  # messages in a row that find no way into the server
 LARGEST_REPLY = 1_000_000  # bytes, of the API, that are read
 DEEPEST_NESTING = 100  # of parts in parts; Postfix stops there too
@@ -2149,6 +2149,10 @@ def date_remarks(header: Iterable[bytes]) -> list[str]:
     return [late] if distance > 3600 else []
 
 
+def failure(path: str, error: Error) -> Outcome:
+    return Outcome(path, error.exit_code, {"error": error.text}, errors=[str(error)])
+
+
 class Worker:
     """Takes messages all the way, one after the other, over connections of its own."""
 
@@ -2175,7 +2179,10 @@ class Worker:
         except Elsewhere:
             return Outcome(path, None, {})
         except Error as error:
-            outcome = Outcome(path, error.exit_code, {"error": error.text}, errors=[str(error)])
+            outcome = failure(path, error)
+        except MemoryError:
+            self.transport.close()  # lest the next message go on where this one broke off
+            outcome = failure(path, Error("there is not enough memory for this message"))
         if self.shut_out >= ENOUGH_FAILURES:
             self.hopeless = f"{ENOUGH_FAILURES} messages in a row found no way into the server"
         remarks, self.keyring.remarks = self.keyring.remarks, []
@@ -2278,11 +2285,14 @@ def share_out(
     """
     import json
 
-    numbers, processes = start_workers(worker, files, jobs)
-    waiting, unread, untold, left = poll(), dict.fromkeys(processes, b""), set(range(len(files))), b""
-    for pipe in processes:
-        waiting.register(pipe, POLLIN)
+    processes = dict[int, int]()  # each under the pipe through which it reports
     try:
+        numbers, opening = start_workers(worker, files, jobs, processes)
+        waiting, unread, untold = poll(), dict.fromkeys(processes, b""), set(range(len(files)))
+        for pipe in processes:
+            waiting.register(pipe, POLLIN)
+        left = os.read(numbers, NUMBER * len(files)) if halted() else b""
+        os.write(opening, bytes(jobs))
         while unread:
             if halted():
                 left += os.read(numbers, NUMBER * len(files))
@@ -2310,20 +2320,22 @@ def share_out(
             os.waitpid(process, 0)
 
 
-def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int, dict[int, int]]:
-    """Start so many processes; return the open file from which they read the numbers of their message files, and them.
+def start_workers(worker: Worker, files: Sequence[str], jobs: int, processes: dict[int, int]) -> tuple[int, int]:
+    """Add so many `processes`; return the open file from which they read the numbers of their message files.
 
     They share its offset, which every read moves on, so each number is taken once: POSIX says so of regular files, and
-    Linux keeps to it for those that open() opened. Each process stands under the pipe through which it reports. None
-    begins before all have started. Raises Error.
+    Linux keeps to it for those that open() opened. Returned too is the pipe from which each waits for a byte before it
+    begins. Raises Error.
     """
     from tempfile import TemporaryFile
 
-    processes = dict[int, int]()
-    with system_errors(f"--jobs {worker.options.jobs}", "name fewer"), TemporaryFile() as file:
-        file.write(b"".join(number.to_bytes(NUMBER, "big") for number in range(len(files))))
+    cure = "make room for it, or name another folder in TMPDIR"
+    with system_errors("a temporary file", cure), TemporaryFile(buffering=0) as file:
+        write_all(file.fileno(), b"".join(number.to_bytes(NUMBER, "big") for number in range(len(files))))
         file.seek(0)
         numbers = os.dup(file.fileno())
+    signal(SIGCHLD, SIG_DFL)  # where it is ignored, as after trap '' CHLD in bash, nobody could wait for them
+    with system_errors(f"--jobs {worker.options.jobs}", "name fewer"):
         gate, opening = os.pipe()
         for _ in range(jobs):
             pipe, end = os.pipe()
@@ -2339,8 +2351,7 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int) -> tuple[int,
                     os._exit(0)
             processes[pipe] = process
             os.close(end)
-        os.write(opening, bytes(jobs))
-    return numbers, processes
+    return numbers, opening
 
 
 def serve(worker: Worker, files: Sequence[str], numbers: int, gate: int, end: int) -> None:

@@ -240,6 +240,36 @@ def test_more_jobs_than_the_system_allows_are_refused_before_anything_is_sent(se
     assert not server.mails
 
 
+def test_a_caller_that_ignores_the_end_of_its_children_changes_nothing(serve: Serve, folder: Path) -> None:
+    server = serve()
+    letters(folder / "out", 6)
+    ignoring = f"trap '' CHLD; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --jobs 3"
+    done = subprocess.run(["bash", "-c", ignoring], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr, len(server.mails)) == (0, b"", 6)
+    assert b"Sent 6 of 6 messages" in done.stdout
+
+
+def test_without_room_for_the_list_of_the_files_nothing_is_sent(serve: Serve, folder: Path) -> None:
+    server = serve()
+    letters(folder / "out", 2)
+    limited = f"ulimit -f 0; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --jobs 2"
+    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, server.mails) == (1, b"", [])
+    assert re.fullmatch(rb"sparkpostSMIME\.py: a temporary file: [^\n]* - make room for it, [^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_message_too_large_for_the_memory_stops_no_other(jobs: str, serve: Serve, folder: Path) -> None:
+    server = serve()
+    files = letters(folder / "out", 4)
+    os.truncate(files[1], 700 << 20)
+    limited = f"ulimit -v {1 << 20}; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --quiet --jobs {jobs}"
+    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=60)
+    assert (done.returncode, len(server.mails)) == (1, 3)
+    what = b"sparkpostSMIME.py: %b: there is not enough memory for this message\n"
+    assert done.stderr == what % os.fsencode(files[1].relative_to(folder))
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1", "x", "1.5", ""])
 def test_a_number_of_jobs_that_is_none_is_a_wrong_command_line(jobs: str, run: Run, serve: Serve) -> None:
     server = serve()
