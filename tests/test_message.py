@@ -167,6 +167,7 @@ LISTS = {
     "To: a@x.org, b@x.org\r\nCc: A <a@X.org>, c@x.org\r\nBcc: b@x.org": "a b c",
     "To: a@x.org\r\nRESENT-TO: z@x.org\r\nResent-Cc: y@x.org\r\nResent-Bcc: w@x.org": "a",
     "To: Team: a@x.org, B <b@x.org>;, c@x.org\r\nCc: undisclosed-recipients:;": "a b c",
+    "To: [Help: tier 2] <a@x.org>, [b, c]: b@x.org;": "a b",
     "To: a@x.org (A (nested (twice), z@x.org) \\) end), (B) b@x.org": "a b",
     'To: "G@h.org": a@x.org;, b@x.org': "a b",
     'To: a@x.org (5" disk), b@x.org (3" disk)': "a b",
@@ -305,6 +306,7 @@ RAW_TEXT = {
     b"%b  %b" % (E, E): "é  é",
     b"=?utf-8?Q?%b=C3=A9_?= b" % E: "éé  b",
     b"=?iso-8859-1?q?\xe9=E9?=": "éé",
+    b"a ?= %b =? b" % E: "a ?= é =? b",
     b"word " + E * 300: "word " + "é" * 300,
 }
 RAW_NAMES = {
@@ -674,6 +676,18 @@ def test_no_message_gives_a_traceback(data: bytes, flags: Flags, keys: Path) -> 
     assert script.main([str(keys / "mail"), "--keys", str(keys), *flags]) in (0, 1)
 
 
+def test_a_boundary_stands_beside_a_charset_that_is_nonsense(run: Run, inner: Inner) -> None:
+    entity = multipart(TEXT + UNFIT["raw"], TEXT).replace(b'="=b"', b"=\"=b\"; charset*=%00''x")
+    parts = email.message_from_bytes(inner(message(entity), "--sign"))
+    assert [parts["Content-Transfer-Encoding"], len(parts.get_payload())] == [None, 2]
+
+
+def test_what_stands_after_the_last_boundary_is_no_part(run: Run) -> None:
+    signed = b"\r\n--=b\r\nContent-Type: multipart/signed; boundary=c\r\n\r\n--c\r\n\r\n%b\r\n--c--\r\n" % E
+    done = run("-", "--sign", data=message(multipart(TEXT + UNFIT["raw"]) + signed))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("flags", ALL)
 def test_a_bcc_below_a_line_that_ends_the_header_is_not_sent_as_text(run: Run, flags: Flags) -> None:
     data = f"From: {STEVE}\nTo: {STEVET}\nRéf: 1\nBcc: {BOB}\n\nHello\n".encode()
@@ -688,6 +702,7 @@ def test_date_now_leaves_one_date(run: Run) -> None:
 N = 200_000
 HTML = b"Content-Type: text/html; charset=us-ascii\r\nMIME-Version: 1.0\r\n"
 HEAVY: dict[str, tuple[bytes, Flags]] = {
+    "a long word": (b"Subject: " + b"a" * 1_000_000 + b"\r\n" + mail(), ("--sign", "--opaque")),
     "blanks in an address": (b"From: a@b.c\r\nTo: <a" + b" " * N + b"b@c>\r\n\r\nx\r\n", ()),
     "quotation marks": (b'From: a@b.c\r\nTo: a@b.c (c) "' + b'\\"' * (N // 2) + b"\r\n\r\nx\r\n", ()),
     "open encoded word": (b"X: =?utf-8?Q?" + E * (N // 2) + b"\r\n" + mail(), ()),
