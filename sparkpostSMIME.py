@@ -925,7 +925,9 @@ def fit_leaf(body: bytes, kind: str, encoding: str, *, clear: bool) -> tuple[str
     if encoding == "base64":  # what is outside its alphabet has no meaning, RFC 2045 section 6.8
         return encoding, wrap(re.sub(rb"[^A-Za-z0-9+/=]", b"", body))
     body = decoded(body, encoding)
-    return ("quoted-printable", quoted_printable(body)) if is_text else ("base64", base64_lines(body))
+    if is_text and to_crlf(body) == body:
+        return "quoted-printable", quoted_printable(body)
+    return "base64", base64_lines(body)
 
 
 def decoded(body: bytes, encoding: str) -> bytes:
