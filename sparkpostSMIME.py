@@ -2289,16 +2289,13 @@ def share_out(
 
     processes = dict[int, int]()  # each under the pipe through which it reports
     try:
-        numbers, opening = start_workers(worker, files, jobs, processes)
+        numbers, opening = start_workers(worker, files, jobs, halted, processes)
         waiting, unread, untold = poll(), dict.fromkeys(processes, b""), set(range(len(files)))
         for pipe in processes:
             waiting.register(pipe, POLLIN)
-        left = os.read(numbers, NUMBER * len(files)) if halted() else b""
         os.write(opening, bytes(jobs))
         while unread:
-            if halted():
-                left += os.read(numbers, NUMBER * len(files))
-            for pipe, _ in waiting.poll(100):
+            for pipe, _ in waiting.poll():
                 data = os.read(pipe, PIECE)
                 *lines, unread[pipe] = (unread[pipe] + data).split(b"\n")
                 for line in lines:
@@ -2309,9 +2306,8 @@ def share_out(
                     waiting.unregister(pipe)
                     del unread[pipe]
             sleep(0.005)  # what ends meanwhile is told in one go, and the processors are the workers'
-        left += os.read(numbers, NUMBER * len(files))
         worker.hopeless = worker.hopeless or "no process is left"
-        taken = len(files) - len(left) // NUMBER
+        taken = len(files) - len(os.read(numbers, NUMBER * len(files))) // NUMBER
         for number in sorted(untold.intersection(range(taken))):
             text = "its process was killed; the message may have been sent"
             yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
@@ -2322,7 +2318,9 @@ def share_out(
             os.waitpid(process, 0)
 
 
-def start_workers(worker: Worker, files: Sequence[str], jobs: int, processes: dict[int, int]) -> tuple[int, int]:
+def start_workers(
+    worker: Worker, files: Sequence[str], jobs: int, halted: Callable[[], bool], processes: dict[int, int]
+) -> tuple[int, int]:
     """Add so many `processes`; return the open file from which they read the numbers of their message files.
 
     They share its offset, which every read moves on, so each number is taken once: POSIX says so of regular files, and
@@ -2346,7 +2344,7 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int, processes: di
                 try:
                     for others in (*processes, pipe, opening):
                         os.close(others)
-                    serve(worker, files, numbers, gate, end)
+                    serve(worker, files, halted, numbers, gate, end)
                 except Exception:
                     sys.excepthook(*sys.exc_info())
                 finally:
@@ -2356,15 +2354,15 @@ def start_workers(worker: Worker, files: Sequence[str], jobs: int, processes: di
     return numbers, opening
 
 
-def serve(worker: Worker, files: Sequence[str], numbers: int, gate: int, end: int) -> None:
-    """Work on the files whose numbers are read, until none is left, all is hopeless, or nobody is left to report to."""
+def serve(worker: Worker, files: Sequence[str], halted: Callable[[], bool], numbers: int, gate: int, end: int) -> None:
+    """Work on the files whose numbers are read, until none is left, or it is no use, or nobody is left to report to."""
     import json
 
     for signal_number in (SIGINT, SIGTERM):
         signal(signal_number, SIG_IGN)  # the process that shares out sees to the end
     begin = os.read(gate, 1)  # nothing, where that process has ended
     with suppress(BrokenPipeError):
-        while begin and not worker.hopeless and (taken := os.read(numbers, NUMBER)):
+        while begin and not worker.hopeless and not halted() and (taken := os.read(numbers, NUMBER)):
             number = int.from_bytes(taken, "big")
             outcome = worker.process(files[number])
             write_all(end, json.dumps([number, outcome, worker.hopeless]).encode() + b"\n")
@@ -2401,21 +2399,26 @@ def run(options: Options, settings: Settings) -> int:
 
 
 def heed_signals(most: int) -> Callable[[], bool]:
-    """Count SIGINT and SIGTERM, and return what tells whether one has come; the last of so many interrupts at once."""
+    """Count SIGINT and SIGTERM, and return what tells whether one has come; the last of so many interrupts at once.
+
+    A pipe keeps it, so that processes forked from this one are told too, even while this one waits to write.
+    """
     signals, process = 0, os.getpid()
+    heard, told = os.pipe()
 
     def halt(*_: object) -> None:
         nonlocal signals
         if os.getpid() != process:  # a worker, which is about to ignore them
             return
         signals += 1
+        os.write(told, b"!")
         if signals == most:  # no later one disturbs the end that this begins
             raise KeyboardInterrupt
 
     for number in (SIGINT, SIGTERM):
         if getsignal(number) != SIG_IGN:  # as nohup has it
             signal(number, halt)
-    return lambda: signals > 0
+    return lambda: ready(heard, POLLIN, 0)
 
 
 def tell(outcome: Outcome, told: set[str], *, many: bool, quiet: bool) -> None:

@@ -858,6 +858,24 @@ def test_two_signals_end_a_run_whose_output_nobody_reads(jobs: str, start: Start
     assert 0 < before < 400
 
 
+def test_a_signal_is_heeded_while_nobody_reads_the_output(serve: Serve, out: Path) -> None:
+    letters(out, 400)
+    server = serve({"dot": slow(0.01)}, "PIPELINING")
+    words: list[str | Path] = [sys.executable, SCRIPT, *SEND, "--jobs", "2"]
+    with subprocess.Popen(words, cwd=out.parent, env=to(server), stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        wait_for(lambda: len(server.mails) > 80)  # of which the output cannot tell
+        process.terminate()
+        time.sleep(0.2)
+        before = len(server.mails)
+        time.sleep(0.5)
+        assert len(server.mails) == before < 400
+        assert process.stdout.read().count(b"OK - in") == before
+    assert process.returncode == 75
+    assert len(content_of(out)) == 400 - before
+
+
 @pytest.mark.parametrize("jobs", ["1", "3"])
 def test_any_number_of_signals_ends_in_order(jobs: str, start: Start, serve: Serve, out: Path) -> None:
     letters(out, 3)
