@@ -519,7 +519,7 @@ ADDRESS = rf"(?s)(?:{QUOTED}|{ATOM})@(?:{ATOM}|\[[!-Z^-~]+\])"
 NAME = rf'(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:])*'
 BRACKETED = rf'(?s){NAME}<(?:@[^:<>]*:)?((?:{QUOTED}|[^<>"])*)>'
 # the name of a group, a mailbox, or what is neither
-LISTED = rf'(?s)(?:{QUOTED}|\[[^\[\]]*\]|[^"<>\[\],;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
+LISTED = rf'(?s)(?:{QUOTED}|\[[^\[\]@]*\]|[^"<>\[\],;:@])*:|({NAME}(?:<(?:{QUOTED}|[^<>"])*>{NAME})*)(?:[,;]|\Z)|(.+)'
 
 
 def split_entity(entity: bytes) -> tuple[list[bytes], bytes, bytes]:
@@ -678,9 +678,9 @@ ADDRESS_LIST = rb'(?s)(?P<address><[^<>]*>|%b)|(?P<phrase>%b)|[^\s"<>(),:;]+' % 
 PARAMETER = rb'(?s)(;\s*[^\s;="*]+)\s*=\s*(%b|[^\s;"]+)' % BYTES_QUOTED
 RAW_ENCODED_WORD = rb"=\?([^?\s]+)\?([BbQq])\?(?=[^?\r\n]*[\x80-\xff])([^?\r\n]*)\?="
 CONTROLS = rb"\0|\r(?!\n)"
-# the start of a long line, up to the last blank that can be folded at, or without one, which is skipped as a whole
-FOLDABLE = rb"(?=[^\r\n]{%d})(?:([^\r\n]{0,%d}[^ \t\r\n])(?=[ \t]+[^ \t\r\n])|[^\r\n]{%d})"
-FOLDABLE %= LONGEST_LINE + 1, LONGEST_LINE - 1, LONGEST_LINE
+# of a long line what fits, or one word that does not, up to a blank; or all of it, where no word comes after one
+FOLDABLE = rb"(?=[^\r\n]{%d})(?:([^\r\n]{0,%d}[^ \t\r\n]|[ \t]*[^ \t\r\n]+)(?=[ \t]+[^ \t\r\n])|[^\r\n]+)"
+FOLDABLE %= LONGEST_LINE + 1, LONGEST_LINE - 1
 TIGHT_COMMA = rb"(?s)(%b)|,(?=[^ \t\r])" % BYTES_QUOTED
 
 
@@ -1218,7 +1218,7 @@ def read_keys(path: str, password: str = "", *, private: bool = False) -> tuple[
         what, cure = "certificate", "it must hold some in PEM form, or one in DER"
         if bag:
             what, cure = "key or certificate", "it must be PKCS #12, and SMIME_KEY_PASSWORD its passphrase"
-        elif private:
+        elif private and key is None:
             what, cure = "private key", "it must hold one in PEM form"
             cure = "SMIME_KEY_PASSWORD must be its passphrase" if b"ENCRYPTED" in data else cure
         raise Error(f"{path}: no {what} can be read from this file", cure) from None
@@ -2183,7 +2183,6 @@ class Worker:
         except Error as error:
             outcome = failure(path, error)
         except MemoryError:
-            self.transport.close()  # lest the next message go on where this one broke off
             outcome = failure(path, Error("there is not enough memory for this message"))
         if self.shut_out >= ENOUGH_FAILURES:
             self.hopeless = f"{ENOUGH_FAILURES} messages in a row found no way into the server"
@@ -2230,6 +2229,10 @@ class Worker:
             reasons = {each: error.replies.get(wire_address(each), error.text) for each in envelope.recipients}
             temporary, lost = error.exit_code == EXIT_TEMPORARY, isinstance(error, Lost)
             return Receipt((), reasons, [str(error)], temporary, lost)
+        except MemoryError:
+            self.transport.close()  # lest the next message go on where this one broke off
+            text = "there is not enough memory; the message may have been sent"
+            return Receipt((), dict.fromkeys(envelope.recipients, text), [f"{PROGRAM}: {text}"], False, lost=True)
         self.shut_out = 0
         return receipt
 
@@ -2313,7 +2316,7 @@ def share_out(
             yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
         return taken
     finally:
-        for process in processes.values():  # has ended, unless this is an interrupt
+        for process in processes.values():  # has ended, unless this is an interrupt or an Error
             os.kill(process, SIGKILL)
             os.waitpid(process, 0)
 

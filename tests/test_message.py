@@ -179,6 +179,7 @@ LISTS = {
     "To: a@x.org, A@x.org": "a a",  # whose case a server may heed
 }
 BAD = "bob|bob@|@x.org|<>|a@x.org b@x.org|<a@x.org> <b@x.org>|a@x.org, Bob <bob>|a@b@x.org|a@x.org: b@x.org;"
+BAD += "|[a@x.org, c@x.org]: b@x.org;"
 BAD += '|a(x)b@x.org|a@x.org, "open|a@x.org (open|<a\r\n b@x.org>|a\rb@x.org|a\0b@x.org|"\r"@x.org|a@x\x7f.org'
 REFUSED: list[tuple[str, dict[str, Any]]] = [("the to field", {"To": to, "Cc": STEVET}) for to in BAD.split("|")]
 BAD_SENDERS = ["Steve", "a\0@x.org", f"{STEVE}, {BOB}", f"{BOB}\r\nFrom: {STEVE}"]
@@ -372,6 +373,13 @@ def test_a_folded_line_has_998_bytes_at_most(length: int) -> None:
     field = outer_fields(b"X-A: " + b"a" * (length - 5) + b" " + b"b" * 20 + b"\r\n")[0]
     assert max(map(len, field.split(b"\r\n"))) <= 998
     assert field.replace(b"\r\n", b"").endswith(b"a " + b"b" * 20)
+
+
+def test_what_comes_after_a_word_too_long_for_any_line_is_folded() -> None:
+    field = b"References: <" + b"a" * 1200 + b"> " + b"<b@x.org> " * 120 + b"c"
+    folded = script.fold(field)
+    assert folded.replace(b"\r\n", b"") == field
+    assert [len(line) > 998 for line in folded.split(b"\r\n")] == [False, True, False, False]
 
 
 # ----------------------------------------------------------------------------------------------------- entity

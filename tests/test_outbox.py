@@ -42,6 +42,16 @@ def full(descriptor):
     raise OSError(28, "No space left on device")
 program.os.fsync = full
 """
+SHORT = """
+send_content, messages = program.Session.send_content, []
+def short(session, message):
+    messages.append(message)
+    if len(messages) == 2:
+        session.send(message[:100])
+        raise MemoryError
+    return send_content(session, message)
+program.Session.send_content = short
+"""
 DOOMED = """
 import os
 serve, first = program.serve, "first-worker"
@@ -446,6 +456,18 @@ def test_who_has_a_message_but_could_not_be_noted_needs_a_look_and_nothing_more_
     assert b"a.eml: who has it cannot be noted: No space left on device" in done.stderr
     assert b"the outbox cannot be written: the rest is not tried" in done.stdout + done.stderr
     assert sorted(content_of(out)) == ["a.eml", "b.eml"]
+
+
+def test_memory_that_runs_out_within_a_message_ends_its_connection_and_no_other_message(
+    serve: Serve, out: Path
+) -> None:
+    server = serve()
+    letters(out, 3)
+    done = run_patched(SHORT, out, server, *SEND, "--report", "report")
+    assert (done.returncode, done.stderr.count(b"not enough memory; the message may have been sent")) == (1, 1)
+    assert (len(content_of(out)), len(server.mails)) == (1, 2)
+    lines = [json.loads(line) for line in (out.parent / "report").read_text().splitlines()]
+    assert [line["attempts"] for line in lines] == [1, 1, 1]
 
 
 def test_what_cannot_be_moved_keeps_who_had_it_before_too(run: Run, serve: Serve, out: Path) -> None:
@@ -867,7 +889,7 @@ def test_a_signal_is_heeded_while_nobody_reads_the_output(serve: Serve, out: Pat
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         wait_for(lambda: len(server.mails) > 80)  # of which the output cannot tell
         process.terminate()
-        time.sleep(0.2)
+        time.sleep(1)
         before = len(server.mails)
         time.sleep(0.5)
         assert len(server.mails) == before < 400
