@@ -725,7 +725,7 @@ def fold(field: bytes) -> bytes:
 
     A list of addresses may have white space after each comma, and gets it where it has such a line.
     """
-    if len(field) <= LONGEST_LINE or not has_long_line(field):
+    if not has_long_line(field):
         return field
     if field_name(field) in ADDRESS_FIELDS:
         field = re.sub(TIGHT_COMMA, lambda match: match[1] or b", ", field)
@@ -2312,8 +2312,7 @@ def share_out(
         worker.hopeless = worker.hopeless or "no process is left"
         taken = len(files) - len(os.read(numbers, NUMBER * len(files))) // NUMBER
         for number in sorted(untold.intersection(range(taken))):
-            text = "its process was killed; the message may have been sent"
-            yield Outcome(files[number], EXIT_TEMPORARY, {"error": text}, errors=[f"{PROGRAM}: {text}"])
+            yield failure(files[number], TemporaryError("its process was killed; the message may have been sent"))
         return taken
     finally:
         for process in processes.values():  # has ended, unless this is an interrupt or an Error

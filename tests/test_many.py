@@ -230,11 +230,16 @@ def test_a_message_is_printed_whole_to_whoever_reads_slowly(folder: Path) -> Non
         assert (run.stderr and run.stderr.read(), run.wait()) == (b"", 0)
 
 
+def run_after(command: str, arguments: str, server: Faulty, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run the program in place of a shell that ran this command, such as ulimit, before."""
+    words = f'{command}; exec "{sys.executable}" "{SCRIPT}" {arguments}'
+    return subprocess.run(["bash", "-c", words], cwd=folder, env=to(server), capture_output=True, timeout=60)
+
+
 def test_more_jobs_than_the_system_allows_are_refused_before_anything_is_sent(serve: Serve, folder: Path) -> None:
     server = serve()
     letters(folder / "out", 60)
-    limited = f'ulimit -n 40; exec "{sys.executable}" "{SCRIPT}" out --send_smtp --jobs 50'
-    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    done = run_after("ulimit -n 40", "out --send_smtp --jobs 50", server, folder)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == b"sparkpostSMIME.py: --jobs 50: Too many open files - name fewer\n"
     assert not server.mails
@@ -243,8 +248,7 @@ def test_more_jobs_than_the_system_allows_are_refused_before_anything_is_sent(se
 def test_a_caller_that_ignores_the_end_of_its_children_changes_nothing(serve: Serve, folder: Path) -> None:
     server = serve()
     letters(folder / "out", 6)
-    ignoring = f"trap '' CHLD; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --jobs 3"
-    done = subprocess.run(["bash", "-c", ignoring], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    done = run_after("trap '' CHLD", "out --send_smtp --jobs 3", server, folder)
     assert (done.returncode, done.stderr, len(server.mails)) == (0, b"", 6)
     assert b"Sent 6 of 6 messages" in done.stdout
 
@@ -252,8 +256,7 @@ def test_a_caller_that_ignores_the_end_of_its_children_changes_nothing(serve: Se
 def test_without_room_for_the_list_of_the_files_nothing_is_sent(serve: Serve, folder: Path) -> None:
     server = serve()
     letters(folder / "out", 2)
-    limited = f"ulimit -f 0; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --jobs 2"
-    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    done = run_after("ulimit -f 0", "out --send_smtp --jobs 2", server, folder)
     assert (done.returncode, done.stdout, server.mails) == (1, b"", [])
     assert re.fullmatch(rb"sparkpostSMIME\.py: a temporary file: [^\n]* - make room for it, [^\n]*\n", done.stderr)
 
@@ -263,8 +266,7 @@ def test_a_message_too_large_for_the_memory_stops_no_other(jobs: str, serve: Ser
     server = serve()
     files = letters(folder / "out", 4)
     os.truncate(files[1], 700 << 20)
-    limited = f"ulimit -v {1 << 20}; exec '{sys.executable}' '{SCRIPT}' out --send_smtp --quiet --jobs {jobs}"
-    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(server), capture_output=True, timeout=60)
+    done = run_after(f"ulimit -v {1 << 20}", f"out --send_smtp --quiet --jobs {jobs}", server, folder)
     assert (done.returncode, len(server.mails)) == (1, 3)
     what = b"sparkpostSMIME.py: %b: there is not enough memory for this message\n"
     assert done.stderr == what % os.fsencode(files[1].relative_to(folder))
@@ -370,8 +372,7 @@ def test_a_report_on_a_full_disk_is_told_and_stops_no_message(run: Run, serve: S
 
 def test_a_report_that_is_written_in_part_is_told(serve: Serve, folder: Path) -> None:
     letters(folder / "out", 5)  # whose last line is over the limit
-    limited = f'ulimit -f 1; exec "{sys.executable}" "{SCRIPT}" out --send_smtp --report report'
-    done = subprocess.run(["bash", "-c", limited], cwd=folder, env=to(serve()), capture_output=True, timeout=30)
+    done = run_after("ulimit -f 1", "out --send_smtp --report report", serve(), folder)
     assert (folder / "report").stat().st_size == 1024
     assert done.returncode == 1
     assert done.stderr == b"sparkpostSMIME.py: report: File too large - the report is not complete\n"
@@ -380,11 +381,8 @@ def test_a_report_that_is_written_in_part_is_told(serve: Serve, folder: Path) ->
 def test_open_files_without_number_do_no_harm(serve: Serve, folder: Path) -> None:
     letters(folder / "out", 2)
     server = serve()
-    command = f"""
-ulimit -n 2000
-for number in {{3..1100}}; do eval "exec $number</dev/null"; done
-exec "{sys.executable}" "{SCRIPT}" out --send_smtp --report report"""
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=to(server), capture_output=True, timeout=30)
+    opening = 'ulimit -n 2000; for number in {3..1100}; do eval "exec $number</dev/null"; done'
+    done = run_after(opening, "out --send_smtp --report report", server, folder)
     assert (done.returncode, done.stderr, taken(server)) == (0, b"", ["00001", "00002"])
     assert len((folder / "report").read_text().splitlines()) == 2
 
